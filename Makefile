@@ -1,0 +1,44 @@
+# `make demo` and `make test` do all set-up on a fresh Debian or Ubuntu with Python >= 3.11.
+PYTHON ?= python3
+BIN := .venv/bin
+# faiss-cpu and faiss-gpu share a folder: one of the two, chosen by whether there is a GPU
+FAISS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+BENCHMARKS := contrastive_loss order tar_reading decode pipeline clip_step trainer checkpoint exact_search
+
+.PHONY: install demo test lint bench control ci-deps clean
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "polyview needs Python >= 3.11: make PYTHON=python3.12 install"; exit 1; }
+	@$(PYTHON) -m venv .venv || { echo "Python has no venv module here: apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(FAISS),test]'
+	@touch $@
+
+demo: install
+	$(BIN)/polyview demo
+
+test: install lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# every benchmark beside its peer; figures are kept under benchmarks/results/
+bench: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(FAISS),test,bench]'
+	@for b in $(BENCHMARKS); do \
+	  echo "== $$b"; OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$b --json benchmarks/results/$$b.json || exit 1; done
+
+# the demo's control: three seeds trained on shuffled captions beside three on the right ones (about 40 minutes)
+control: install
+	$(BIN)/python -m benchmarks.shuffled_captions --json benchmarks/results/shuffled_captions.json
+
+# Debian packages that only tests need: a browser to open the report in
+ci-deps:
+	apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium
+
+clean:
+	rm -rf .venv demo build *.egg-info

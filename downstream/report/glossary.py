@@ -1,0 +1,114 @@
+"""What each figure is, in one line: the words that stand beside it in the report."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """A metric as a person reads it."""
+
+    label: str
+    line: str
+    """What it is, one line."""
+    kind: Literal["share", "rank", "plain"] = "share"
+    """share: 0..1, shown in percent, more is better; rank: from 1, less is better; plain: shown as it is."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """An evaluation as a person reads it."""
+
+    title: str
+    line: str
+    headline: tuple[str, ...]
+    """The metric that stands for the whole on top of the report: the first of these that the result has."""
+
+
+TASKS = {
+    "zeroshot_retrieval": Task(
+        "Retrieval",
+        "Captions find their photograph and photographs find their captions, by cosine alone; nothing was trained for it.",
+        ("image_retrieval_recall@5", "image_retrieval_recall@1"),
+    ),
+    "zeroshot_classification": Task(
+        "Zero-shot classification",
+        "Each image takes the class whose written name lies nearest; no labelled image was used.",
+        ("acc1",),
+    ),
+    "knn": Task(
+        "Nearest-neighbour classification",
+        "Each test image takes the class its nearest labelled images vote for; nothing is trained on the labels.",
+        ("k20_acc1", "k200_acc1"),
+    ),
+}
+
+_CLASS_MEAN = "The share of right answers of each class, averaged over classes: rare classes weigh as much as common ones."
+
+_PATTERNS: tuple[tuple[str, Meaning], ...] = (
+    (
+        r"image_retrieval_recall@(?P<n>\d+)",
+        Meaning("caption → image, R@{n}", "Share of captions whose own photograph comes {among}."),
+    ),
+    (
+        r"text_retrieval_recall@(?P<n>\d+)",
+        Meaning("image → caption, R@{n}", "Share of photographs of which one caption comes {among}."),
+    ),
+    (
+        r"image_retrieval_median_rank",
+        Meaning("caption → image, median", "Half of the captions find their photograph at this place or before.", "rank"),
+    ),
+    (
+        r"text_retrieval_median_rank",
+        Meaning("image → caption, median", "Half of the photographs find one of their captions here or before.", "rank"),
+    ),
+    (
+        r"k(?P<k>\d+)_acc(?P<n>\d+)",
+        Meaning("top-{n}, k = {k}", "Share of test images whose class comes {among} in the vote of the {k} nearest."),
+    ),
+    (r"k(?P<k>\d+)_mean_per_class_recall", Meaning("class mean, k = {k}", _CLASS_MEAN)),
+    (r"acc(?P<n>\d+)", Meaning("top-{n}", "Share of images whose class name comes {among} by nearness.")),
+    (r"mean_per_class_recall", Meaning("class mean", _CLASS_MEAN)),
+)
+
+
+def meaning(metric: str) -> Meaning:
+    """What `metric` is; a metric of another tool stands under its own name."""
+    for pattern, known in _PATTERNS:
+        if found := re.fullmatch(pattern, metric):
+            parts = found.groupdict()
+            among = "first" if parts.get("n") == "1" else f"among the first {parts.get('n')}"
+            return Meaning(known.label.format(**parts), known.line.format(among=among, **parts), known.kind)
+    return Meaning(metric, "A figure of another tool: not described here.", "plain")
+
+
+def task(name: str) -> Task:
+    """What the evaluation `name` is; one of another tool stands under its own name."""
+    return TASKS.get(name, Task(name, "An evaluation of another tool.", ()))
+
+
+CURVES: tuple[tuple[str, str, str], ...] = (
+    (r"loss", "Loss", "What training minimises, all objectives together; less is better only within one recipe."),
+    (r"loss[./_](.+)", "Loss: {0}", "This objective's own part of the loss."),
+    (r"lr|learning_rate", "Learning rate", "The schedule as it was run."),
+    (r"images_per_s|images_s|samples_per_s|images/s", "Images a second", "Over all ranks."),
+    (r"grad_norm", "Gradient norm", "Before clipping; a spike names a step worth replaying."),
+    (r"data_wait(_s)?", "Waiting for data", "Seconds a step that the ranks stood without a batch."),
+    (r"(step_s|step_time)", "Time a step", "Seconds."),
+    (r"(.*[./_])?rankme", "RankMe", "How many directions the embeddings use; a fall towards 1 is collapse."),
+    (r"(.*[./_])?(embedding_)?std", "Embedding spread", "1/√dimension is healthy, 0 is collapse."),
+    (r"(.*[./_])?logit_scale|(.*[./_])?scale|(.*[./_])?temperature", "Temperature", "As the objective learnt it."),
+    (r"(.*[./_])?accuracy", "In-batch accuracy", "Share of rows whose partner is the nearest in the batch."),
+    (r"mem.*|.*memory.*", "Memory", "Highest in use on a rank."),
+)
+
+
+def curve(key: str) -> tuple[str, str]:
+    """The title and the line of explanation of a logged figure; its own name where it is not known."""
+    for pattern, title, line in CURVES:
+        if found := re.fullmatch(pattern, key):
+            return title.format(*found.groups()), line
+    return key, ""

@@ -1,0 +1,161 @@
+"""The report: one HTML file that opens without a server and without a network, pictures and script inside.
+
+Written by hand as strings: the page has six kinds of block, and a template language would be one more thing to
+install. Everything that comes from data passes `markup` on its way in.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from downstream import results as files
+from downstream.report import curves
+from downstream.report.glossary import task
+from downstream.report.markup import esc, isolated, number
+from downstream.report.sections import Pictures, section
+from downstream.report.style import CSS, JS
+from downstream.report.tables import Column, card, columns
+from downstream.results import Result
+from pretrain.errors import UserError
+
+
+@dataclass
+class Evaluation:
+    """All results of one task on one data set, with their pictures, and where they stand in the page."""
+
+    columns: list[Column]
+    pictures: list[Pictures]
+    anchor: str
+
+
+@dataclass
+class Found:
+    """What a folder or file named by the user held."""
+
+    results: list[tuple[Path, Result]] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
+
+
+def collect(places: Iterable[Path]) -> Found:
+    """The results in these folders and files. A file that is no result is passed over and named in the report.
+
+    Raises:
+        UserError: a place does not exist.
+    """
+    found = Found()
+    for place in places:
+        if not place.exists():
+            raise UserError(f"{place}: no such folder or file of results")
+        for path in sorted(place.glob("*.json")) if place.is_dir() else [place]:
+            try:
+                found.results.append((path, files.read(path)))
+            except UserError as error:
+                found.passed_over.append(str(error))
+    return found
+
+
+def evaluations(found: Found, run: str) -> list[Evaluation]:
+    """Results sorted into one evaluation for each task and data set, the tasks in their usual order."""
+    order = {name: i for i, name in enumerate(("zeroshot_retrieval", "zeroshot_classification", "knn"))}
+
+    def key(entry: tuple[Path, Result]) -> tuple:
+        return order.get(entry[1].task, len(order)), entry[1].task, entry[1].dataset
+
+    made = []
+    for i, (_, entries) in enumerate(groupby(sorted(found.results, key=key), key)):
+        group = list(entries)
+        paths = {id(r): path for path, r in group}
+        cols = columns([r for _, r in group], run)
+        made.append(Evaluation(cols, [files.read_pictures(paths[id(c.result)]) for c in cols], f"evaluation-{i + 1}"))
+    return made
+
+
+def page(
+    run: str,
+    facts: Mapping[str, Any],
+    lines: Iterable[Mapping[str, Any]],
+    found: Found,
+    *,
+    when: datetime.datetime | None = None,
+) -> str:
+    """The whole report as HTML. `facts`: what stands under the title; `lines`: the run's log."""
+    done = evaluations(found, run)
+    body = [_summary(done), *(section(e.columns, e.pictures, e.anchor) for e in done)]
+    body += ['<h2 id="training">Training</h2>', curves.section(lines), _how_to_read(done, found)]
+    moment = (when or datetime.datetime.now(datetime.UTC)).strftime("%Y-%m-%d %H:%M UTC")
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="referrer" content="no-referrer">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; "
+        "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
+        f"<title>{esc(run)} · report</title><style>{CSS}</style></head><body>"
+        f"<header><div><h1>{isolated(run)}</h1>{_facts(facts)}{_navigation(done)}</div></header>"
+        f'<main>{"".join(body)}</main><footer>Written {moment}. This file is complete: nothing is loaded.</footer>'
+        f'<div id="tip"></div><script>{JS}</script></body></html>\n'
+    )
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    shown = "".join(
+        f"<div><dt>{esc(name)}</dt><dd>{isolated(number(v) if isinstance(v, float) else f'{v:,}' if isinstance(v, int) else v)}</dd></div>"
+        for name, v in facts.items()
+        if v is not None
+    )
+    return f'<dl class="facts">{shown}</dl>'
+
+
+def _navigation(done: Sequence[Evaluation]) -> str:
+    links = [(e.anchor, f"{task(e.columns[0].result.task).title}: {e.columns[0].result.dataset}") for e in done]
+    links += [("training", "Training"), ("reading", "How to read this")]
+    return "<nav>" + "".join(f'<a href="#{anchor}">{esc(title)}</a>' for anchor, title in links) + "</nav>"
+
+
+def _summary(done: Sequence[Evaluation]) -> str:
+    if not done:
+        return (
+            '<p class="card empty">No evaluation results were given. Make some with '
+            "<code>python -m downstream retrieval | knn | zeroshot CHECKPOINT … --out DIR</code> "
+            "and name the folder with <code>--results DIR</code>.</p>"
+        )
+    cards = "".join(card(e.columns, e.anchor) for e in done)
+    return f'<h2 id="summary">At a glance</h2><div class="grid">{cards}</div>'
+
+
+def _how_to_read(done: Sequence[Evaluation], found: Found) -> str:
+    methods = sorted({str(c.result.details["intervals"]) for e in done for c in e.columns if "intervals" in c.result.details})
+    lines = [
+        "Chance is what guessing gives: with 200 photographs a caption finds its own first by luck once in 200.",
+        "Untrained is the same architecture with random weights: what it reaches is owed to the architecture and to the "
+        "data (colours, layout), not to training.",
+        "Two results whose intervals do not overlap differ by more than the choice of these test images explains; "
+        "training again with another seed moves figures too, and is not in the interval.",
+        *(f"Intervals: {m}." for m in methods),
+        *(f"Passed over: {p}" for p in found.passed_over),
+    ]
+    sources = "".join(
+        f"<li>{isolated(c.name)}: {isolated(c.result.model)}, {isolated(c.result.details.get('features', 'embedding'))} features"
+        f"{_fingerprint(c.result)}</li>"
+        for c in _weights(done)
+    )
+    items = "".join(f"<li>{isolated(line)}</li>" for line in lines)
+    weights = f"<h3>Encoders</h3><ul class='notes soft'>{sources}</ul>" if sources else ""
+    return f'<h2 id="reading">How to read this</h2><div class="card"><ul class="notes">{items}</ul>{weights}</div>'
+
+
+def _weights(done: Sequence[Evaluation]) -> list[Column]:
+    """One column for each encoder in the report."""
+    seen: dict[tuple, Column] = {}
+    for column in (c for e in done for c in e.columns):
+        key = (column.result.pretrained, column.result.model, column.result.details.get("features"))
+        seen.setdefault(key, column)
+    return list(seen.values())
+
+
+def _fingerprint(result: Result) -> str:
+    mark = result.details.get("fingerprint")
+    return f", fingerprint <code>{esc(str(mark)[:16])}</code>" if mark else ""

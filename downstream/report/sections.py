@@ -1,0 +1,104 @@
+"""One evaluation of one data set as a section of the report: its table, and the pictures that go with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from downstream.report import confusion, gallery, scatter
+from downstream.report.glossary import task
+from downstream.report.markup import esc, isolated
+from downstream.report.tables import Column, is_untrained, table
+
+Pictures = Mapping[str, Any]
+
+
+def section(cols: Sequence[Column], pictures: Sequence[Pictures], anchor: str) -> str:
+    """Table and pictures of what was evaluated on one data set; `pictures` goes with `cols`, empty where none.
+
+    Examples are the first column's; the untrained encoder's map stands beside the trained one's.
+    """
+    first = cols[0].result
+    about = task(first.task)
+    shown = pictures[0]
+    parts = [
+        f'<h2 id="{anchor}">{esc(about.title)}: {isolated(first.dataset)}</h2><p class="lead">{esc(about.line)}</p>',
+        f'<div class="card">{table(cols)}{_notes(cols)}</div>',
+        _examples(
+            "What captions find",
+            "The best photographs for a caption, best first, with their cosine. The caption's own photograph is framed; "
+            "where it is not among the best it stands apart, with its place.",
+            gallery.captions(shown.get("captions", ())),
+            shown,
+        ),
+        _examples(
+            "What photographs find",
+            "The nearest captions of all, best first; the photograph's own are marked.",
+            gallery.photographs(shown.get("photographs", ())),
+            shown,
+        ),
+        _examples(
+            "Nearest neighbours",
+            "Images and those most alike to the encoder, with their cosine; where there are labels, "
+            "neighbours of the same class are framed.",
+            gallery.neighbours(shown.get("neighbours", ())),
+            shown,
+        ),
+        _confusion(shown.get("confusion")),
+        _maps(cols, pictures, anchor),
+    ]
+    return "".join(parts)
+
+
+def _notes(cols: Sequence[Column]) -> str:
+    notes = {f"{c.name}: {note}": None for c in cols for note in c.result.details.get("notes", ())}
+    facts = [_counts(c) for c in cols]
+    lines = "".join(f"<li>{isolated(line)}</li>" for line in [*(f for f in facts if f), *notes])
+    return f'<ul class="notes soft">{lines}</ul>' if lines else ""
+
+
+def _counts(column: Column) -> str:
+    """What was evaluated, in words: "run@step: 200 images, 1,000 captions"."""
+    counts = column.result.details.get("counts", {})
+    told = ", ".join(f"{n:,} {what}" for what, n in counts.items() if isinstance(n, int))
+    return f"{column.name}: {told}" if told else ""
+
+
+def _examples(title: str, line: str, body: str, pictures: Pictures) -> str:
+    if not body:
+        return ""
+    chosen = f" {pictures['chosen']}" if pictures.get("chosen") else ""
+    return f'<div class="card"><h3>{esc(title)}</h3><p class="soft">{esc(line + chosen)}</p>{body}</div>'
+
+
+def _confusion(data: Mapping[str, Any] | None) -> str:
+    if not data or not data.get("classes"):
+        return ""
+    names, counts = data["classes"], data.get("counts")
+    drawn = ""
+    if counts and len(counts) <= confusion.MOST_CLASSES:
+        drawn = f'<div class="matrix wide">{confusion.matrix(counts, names)}</div>'
+    worst = confusion.mistakes(data.get("mistakes", ()))
+    least = confusion.recalls(data.get("recalls", ()))
+    return (
+        '<div class="card"><h3>Which classes are taken for which</h3><p class="soft">Rows: the right class; columns: what '
+        "was predicted; a row's shade is its share. A blue diagonal and nothing else would be perfect.</p>"
+        f'<div class="two">{drawn}<div><h3>Most frequent mistakes</h3>{worst}</div>'
+        f"<div><h3>Classes found least</h3>{least}</div></div></div>"
+    )
+
+
+def _maps(cols: Sequence[Column], pictures: Sequence[Pictures], anchor: str) -> str:
+    shown = [(cols[0].name, pictures[0]["map"])] if pictures[0].get("map") else []
+    beside = next(((c.name, p["map"]) for c, p in zip(cols[1:], pictures[1:]) if is_untrained(c.result) and p.get("map")), None)
+    shown += [beside] if beside and shown else []
+    if not shown:
+        return ""
+    line = (
+        "Each point is an image; near points are alike to the encoder. Point at one to see it. Distances between far "
+        "groups mean little: the map keeps neighbourhoods, not directions."
+    )
+    return (
+        f'<div class="card"><h3>Map of the embeddings</h3><p class="soft">{esc(line)}</p>'
+        f"{scatter.maps(shown, f'{anchor}-map')}</div>"
+    )

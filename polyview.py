@@ -1,0 +1,58 @@
+"""polyview: pretrain vision and vision-language encoders, index what they see, judge what they learned.
+
+The console door: it dispatches by name and imports nothing heavy. For notebooks: `load`, `open_index`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from index.collection import Collection
+    from pretrain.encoder import Encoder
+
+DOC = """Pretrain vision and vision-language encoders, index what they see, judge what they learned.
+
+`polyview RECIPE [key=value …]` trains. The same verbs stand behind `python -m pretrain|index|downstream|slurm`."""
+
+
+def load(checkpoint: str | os.PathLike[str], device: str = "auto") -> Encoder:
+    """The encoder of a run, a checkpoints folder or one checkpoint: `.encode_image(images)`, `.encode_text(texts)`."""
+    from pretrain.encoder import load as load_encoder
+
+    return load_encoder(checkpoint, device=device)
+
+
+def open_index(folder: str | os.PathLike[str]) -> Collection:
+    """The published version of a collection: `.search(vectors | images | texts, k, filter=None)`."""
+    from index import open_index as open_collection
+
+    return open_collection(folder)
+
+
+def verbs() -> dict[str, str]:
+    """Every verb of every package, and the module behind it."""
+    from downstream.__main__ import VERBS as downstream
+    from index.__main__ import VERBS as index
+    from pretrain.__main__ import VERBS as pretrain
+    from slurm.__main__ import VERBS as slurm
+
+    return {"demo": "downstream.cli_demo", **pretrain, **index, **downstream, **slurm, "doctor": "pretrain.cli_doctor"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console command `polyview`."""
+    from pretrain import cli
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    table = verbs()
+    if argv and argv[0] not in table and (argv[0].endswith((".yaml", ".yml")) or os.path.isfile(argv[0])):
+        argv = ["train", *argv]
+    return cli.main("polyview", DOC, table, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""One interface for DDP, FSDP2 and ZeRO: what the training step needs of a sharding engine, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from pretrain.checkpoint import Checkpoint, Fragment
+from pretrain.models.request import FeatureRequest
+
+Inputs = Mapping[FeatureRequest, Tensor]
+
+
+class Backend(Protocol):
+    """The trunk, its optimizer, and how gradients of all ranks become one."""
+
+    trunk: nn.Module
+
+    def micro_step(self, last: bool) -> AbstractContextManager:
+        """Around forward and backward of one micro-batch; gradients are reduced in the last one."""
+
+    def forward(self, inputs: Inputs) -> dict[FeatureRequest, Tensor]:
+        """Features in fp32, with the graph unless gradients are off."""
+
+    def backward(self, features: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Send the features' gradients (W x the local share) back through the trunk."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Local parameters that carry gradients after `backward`, for the joint norm."""
+
+    def step(self, lr: float) -> None:
+        """One optimizer step at `lr`, then gradients are cleared."""
+
+    def fragments(self) -> list[Fragment]:
+        """What this rank writes of parameters, buffers and optimizer state."""
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Take parameters, buffers and optimizer state from a checkpoint of any backend and world."""
+
+    def describe(self) -> str:
+        """Which engine truly runs, for the log and the tests."""

@@ -1,0 +1,90 @@
+"""torch's DistributedDataParallel, resumable bit for bit; on one rank the bare trunk.
+
+DDP re-orders its gradient buckets after the first backward, so the first step of a resumed process would sum in
+another order than the same step of an uninterrupted one (seen from three ranks on). `warm_up` spends two throw-away
+passes before the first real step. Buffer broadcast is off: it would overwrite what ranks hold for themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pretrain.backends.base import Inputs
+from pretrain.backends.state import load_optimizer, optimizer_tensors
+from pretrain.checkpoint import Checkpoint, Fragment, slice_for_rank
+from pretrain.distributed.process import Process
+from pretrain.models.request import FeatureRequest
+from pretrain.optim.adamw import build_adamw, set_lr
+from pretrain.recipe import Recipe
+
+
+class DDP:
+    """See `pretrain.backends.base.Backend`."""
+
+    def __init__(self, trunk: nn.Module, recipe: Recipe, process: Process) -> None:
+        self.trunk = trunk.to(process.device)
+        self._process = process
+        self._autocast_dtype = torch.bfloat16 if recipe.precision == "bf16" else None
+        self._optimizer = build_adamw(dict(trunk.named_parameters()), recipe.optimizer)
+        self._wrapped: nn.Module = self.trunk
+        if process.world > 1:
+            self._wrapped = DistributedDataParallel(
+                self.trunk,
+                device_ids=[process.device.index] if process.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+
+    def micro_step(self, last: bool) -> AbstractContextManager:
+        if last or not isinstance(self._wrapped, DistributedDataParallel):
+            return nullcontext()
+        return self._wrapped.no_sync()
+
+    def forward(self, inputs: Inputs) -> dict[FeatureRequest, Tensor]:
+        with torch.autocast(self._process.device.type, self._autocast_dtype, enabled=self._autocast_dtype is not None):
+            features = self._wrapped(inputs)
+        return {request: feature.float() for request, feature in features.items()}
+
+    def backward(self, features: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        torch.autograd.backward(features, gradients)
+
+    def warm_up(self, inputs: Inputs) -> None:
+        """Two passes with zero gradients; weights, BatchNorm statistics and generators are as before."""
+        if self._process.world == 1:
+            return
+        buffers = {name: b.clone() for name, b in self.trunk.named_buffers()}
+        devices = [self._process.device] if self._process.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            for _ in range(2):
+                features = list(self.forward(inputs).values())
+                self.backward(features, [torch.zeros_like(f) for f in features])
+                self._optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, b in self.trunk.named_buffers():
+                b.copy_(buffers[name])
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.trunk.parameters() if p.requires_grad]
+
+    def step(self, lr: float) -> None:
+        set_lr(self._optimizer, lr)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def fragments(self) -> list[Fragment]:
+        tensors = {f"model.{name}": t for name, t in self.trunk.state_dict().items()}
+        tensors |= optimizer_tensors("optim", self._optimizer, dict(self.trunk.named_parameters()))
+        return slice_for_rank(tensors, self._process.rank, self._process.world)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        state = {name: checkpoint.read(f"model.{name}") for name in self.trunk.state_dict()}
+        self.trunk.load_state_dict(state)
+        load_optimizer("optim", self._optimizer, dict(self.trunk.named_parameters()), checkpoint)
+
+    def describe(self) -> str:
+        return f"{type(self._wrapped).__name__} on {self._process.world} x {self._process.device.type}"

@@ -1,0 +1,61 @@
+"""Objectives' own parameters: whole on every rank, fp32, reduced by us, in a plain torch optimizer.
+
+They stay outside the sharded trunk, so that a temperature or a prototype can be edited between steps under any
+backend, and so that state of the objectives has one place in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pretrain.backends.state import load_optimizer, optimizer_tensors
+from pretrain.checkpoint import Checkpoint, Fragment, slice_for_rank
+from pretrain.distributed.process import Process
+from pretrain.objectives.joint import Joint
+from pretrain.optim.adamw import build_adamw, set_lr
+from pretrain.recipe import OptimizerRecipe
+
+
+class Replicated:
+    """The joint objective's parameters and buffers, and their optimizer."""
+
+    def __init__(self, joint: Joint, recipe: OptimizerRecipe, process: Process) -> None:
+        self._module = joint.members.to(process.device)
+        self._process = process
+        self._optimizer = build_adamw(dict(self._module.named_parameters()), recipe) if self.parameters() else None
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for p in self._module.parameters() if p.requires_grad]
+
+    def reduce(self) -> None:
+        """Mean of the gradients over the ranks, in one flat collective."""
+        if self._process.world == 1 or not self.parameters():
+            return
+        # a parameter this rank did not use still takes part: collectives run on all ranks
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters()]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        flat /= self._process.world
+        for p, piece in zip(self.parameters(), flat.split([p.numel() for p in self.parameters()])):
+            p.grad = piece.view_as(p)
+
+    def step(self, lr: float) -> None:
+        """One optimizer step at `lr`, then gradients are cleared."""
+        if self._optimizer is not None:
+            set_lr(self._optimizer, lr)
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+
+    def fragments(self) -> list[Fragment]:
+        tensors = {f"objective.{name}": t for name, t in self._module.state_dict().items()}
+        if self._optimizer is not None:
+            named = dict(self._module.named_parameters())
+            tensors |= optimizer_tensors("objective_optim", self._optimizer, named)
+        return slice_for_rank(tensors, self._process.rank, self._process.world)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        self._module.load_state_dict({n: checkpoint.read(f"objective.{n}") for n in self._module.state_dict()})
+        if self._optimizer is not None:
+            load_optimizer("objective_optim", self._optimizer, dict(self._module.named_parameters()), checkpoint)

@@ -1,0 +1,18 @@
+"""Checkpoints that any number of ranks write while training goes on, and any other number reads."""
+
+from pretrain.checkpoint.errors import CheckpointDiskError, CheckpointError
+from pretrain.checkpoint.fragments import Fragment, slice_for_rank
+from pretrain.checkpoint.reader import Checkpoint, find_latest, open_checkpoint
+from pretrain.checkpoint.writer import CheckpointWriter, new_attempt
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointDiskError",
+    "CheckpointError",
+    "CheckpointWriter",
+    "Fragment",
+    "find_latest",
+    "new_attempt",
+    "open_checkpoint",
+    "slice_for_rank",
+]

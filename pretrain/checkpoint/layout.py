@@ -1,0 +1,129 @@
+"""How a checkpoint lies on disk: names of folders and files, and the safetensors header.
+
+    checkpoints/step_00000100/
+        data-<attempt>-<rank>-<piece>.safetensors   flat ranges, keys "<tensor>@<offset>", at most ~4 GiB each
+        part-<attempt>-<rank>.json                  what one rank wrote; gone after the commit
+        manifest.json                               all ranges of all ranks; its presence is the commit
+
+The safetensors format is written and read here by hand: the header is 8 bytes of length and a JSON object,
+and writing it ourselves lets the bytes go from the host buffer to the file without another copy, and lets a
+reader fetch any sub-range with one `pread`. Any safetensors library reads the files too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from pretrain.checkpoint.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_STEP = re.compile(r"step_(\d+)")
+_ATTEMPT = re.compile(r"[A-Za-z0-9]+")
+_OWNED = re.compile(r"(?:data|part|manifest)-([A-Za-z0-9]+)[-.]")
+
+
+def step_dir(root: Path, step: int) -> Path:
+    return root / f"step_{step:08d}"
+
+
+def step_dirs(root: Path) -> dict[int, Path]:
+    """The step folders under `root`, whole or not, newest first."""
+    found = {}
+    for path in root.iterdir() if root.is_dir() else ():
+        match = _STEP.fullmatch(path.name)
+        if match and path.is_dir():
+            found[int(match[1])] = path
+    return dict(sorted(found.items(), reverse=True))
+
+
+def data_name(attempt: str, rank: int, piece: int) -> str:
+    return f"data-{attempt}-{rank:05d}-{piece:03d}.safetensors"
+
+
+def part_name(attempt: str, rank: int) -> str:
+    return f"part-{attempt}-{rank:05d}.json"
+
+
+def manifest_draft(attempt: str) -> str:
+    """The name a manifest is written under before it is renamed: two attempts never share it."""
+    return f"manifest-{attempt}.json"
+
+
+def attempt_of(file_name: str) -> str | None:
+    """Which attempt wrote a file of a step folder; None for the manifest and for what is not ours."""
+    match = _OWNED.match(file_name)
+    return match[1] if match else None
+
+
+def check_attempt(attempt: str) -> str:
+    if not _ATTEMPT.fullmatch(attempt):
+        raise CheckpointError(
+            f"attempt {attempt!r}: use letters and digits only (it becomes part of file names)"
+        )
+    return attempt
+
+
+def range_key(name: str, offset: int) -> str:
+    return f"{name}@{offset}"
+
+
+class Placed(NamedTuple):
+    """Where a range lies in its data file: bytes [start, stop) of the file."""
+
+    dtype: str
+    length: int
+    start: int
+    stop: int
+
+
+def encode_header(ranges: dict[str, tuple[str, int, int, int]], labels: dict[str, str]) -> bytes:
+    """The head of a safetensors file; `ranges`: key -> (dtype, elements, first byte of the data, last + 1)."""
+    table: dict[str, object] = {"__metadata__": labels}
+    for key, (dtype, length, start, stop) in ranges.items():
+        table[key] = {"dtype": dtype, "shape": [length], "data_offsets": [start, stop]}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8, as the format asks
+    return struct.pack("<Q", len(text)) + text
+
+
+def read_header(path: Path) -> tuple[dict[str, Placed], dict[str, str]]:
+    """The ranges and labels of a data file. Raises CheckpointError when the head is not readable."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size - 8:
+                raise ValueError(f"its header claims {length} bytes")
+            table = json.loads(file.read(length))
+        labels = table.pop("__metadata__", {})
+        base = 8 + length
+        return {key: _placed(entry, base) for key, entry in table.items()}, labels
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as e:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({e}); use another checkpoint") from e
+
+
+def _placed(entry: dict, base: int) -> Placed:
+    start, stop = entry["data_offsets"]
+    (length,) = entry["shape"]
+    return Placed(entry["dtype"], length, base + start, base + stop)

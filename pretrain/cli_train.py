@@ -1,0 +1,47 @@
+"""Train a recipe: `python -m pretrain RECIPE`, or under `accelerate launch` / torchrun; the same command resumes."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optimizer.lr=1e-3 steps=500")
+    parser.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    from pretrain.recipe import dump_recipe, load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    if args.print_recipe:
+        print(dump_recipe(recipe), end="")
+        return 0
+
+    from pretrain.launch import launched, run_world
+
+    if not launched():
+        from pretrain.data import open_data
+        from pretrain.run import RunFolder
+
+        RunFolder(recipe.output).check(recipe)
+        open_data(recipe)  # what is wrong with the data is said once, before any rank starts
+        world = recipe.world or _gpus()
+        if world > 1:
+            return run_world(world, ["-m", "pretrain", "train", args.recipe, *args.overrides])
+
+    from pretrain.distributed.process import check_accelerate, check_world, process_group
+    from pretrain.train import train
+
+    check_world(recipe.world)
+    check_accelerate(recipe.precision)
+    with process_group() as process:
+        train(recipe, process)
+    return 0
+
+
+def _gpus() -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count())

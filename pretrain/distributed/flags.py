@@ -1,0 +1,38 @@
+"""Flags that all ranks must agree on, at no cost to the step.
+
+Every rank sends its flags at each step in one small asynchronous CPU reduction and reads the result of the step
+before. So a signal that reaches one rank, or all at different moments, takes effect on all at the same step.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+
+class SharedFlags:
+    """Named booleans, or-ed over the ranks, one step late."""
+
+    def __init__(self, names: tuple[str, ...], world: int) -> None:
+        self.names = names
+        # a group of its own: its collectives never mix with those of the training step, nor need a GPU
+        self._group = dist.new_group(backend="gloo") if world > 1 else None
+        self._sent: tuple[torch.Tensor, dist.Work | None] | None = None
+
+    def exchange(self, raised: set[str]) -> set[str]:
+        """Send this rank's flags; the flags that any rank had raised at the previous call (at first: none)."""
+        agreed = self._receive()
+        tensor = torch.tensor([int(name in raised) for name in self.names], dtype=torch.int32)
+        work = None
+        if self._group is not None:
+            work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._sent = (tensor, work)
+        return agreed
+
+    def _receive(self) -> set[str]:
+        if self._sent is None:
+            return set()
+        tensor, work = self._sent
+        if work is not None:
+            work.wait()
+        return {name for name, flag in zip(self.names, tensor.tolist()) if flag}

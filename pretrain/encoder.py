@@ -1,0 +1,231 @@
+"""A trained trunk put to work: images and texts in, unit vectors out, and the fingerprint of the space they lie in.
+
+Frozen, in evaluation mode, fp32 unless asked otherwise. The fingerprint is a hash of all that makes the embedding
+space and of nothing else: two files of the same weights have one fingerprint, and vectors of different fingerprints
+must never be compared. This module trains nothing and stores no vectors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pydantic import ValidationError
+from torch import Tensor
+
+from pretrain.checkpoint import Checkpoint, find_latest, open_checkpoint
+from pretrain.errors import UserError
+from pretrain.models.request import FeatureRequest
+from pretrain.models.trunk import Trunk, build_trunk
+from pretrain.recipe import ModelRecipe
+from pretrain.views.decode import DamagedSample, decode
+from pretrain.views.geometry import eval_crop
+from pretrain.views.tokenizer import ClipTokenizer
+from pretrain.weights.naming import differences
+
+ImageLike = bytes | str | Path | Image.Image | np.ndarray
+IMAGE = FeatureRequest("image", "image")
+TEXT = FeatureRequest("text", "text")
+RULES = {"crop": "shortest side bicubic antialiased, centre", "pooling": "embedding", "norm": "unit L2"}
+"""What the code below does to a sample, as part of the fingerprint: changed when it changes what comes out."""
+
+
+class Encoder:
+    """`encode_image` and `encode_text` of one trained trunk. It takes the trunk over: frozen, on `device`."""
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        model: ModelRecipe,
+        *,
+        device: str | torch.device = "auto",
+        precision: Literal["fp32", "bf16"] = "fp32",
+    ) -> None:
+        self.model = model
+        self.dim = model.embed_dim
+        self.image_size = model.image_size
+        self.has_text = model.text is not None
+        self.device = _device(device)
+        self._autocast = precision == "bf16"
+        self._trunk = trunk.to(self.device).eval().requires_grad_(False)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256, hex: weights as fp32, architecture, preprocessing, tokenizer, pooling, normalisation, dimension.
+
+        Independent of the file, the device and the compute dtype.
+        """
+        digest = hashlib.sha256(json.dumps(self._space(), sort_keys=True).encode())
+        for name, tensor in sorted(self._trunk.state_dict().items()):
+            if tensor.is_floating_point():  # counters (batches seen) do not shape the space
+                digest.update(f"{name} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.float().cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def _space(self) -> dict[str, Any]:
+        model = self.model.model_dump(mode="json", exclude={"sync_batchnorm": True, "text": {"dropout"}})
+        return {**RULES, "model": model, "tokenizer": self._tokenizer.digest() if self.has_text else None}
+
+    @cached_property
+    def _tokenizer(self) -> ClipTokenizer:
+        if self.model.text is None:
+            raise UserError("this encoder has no text tower (model.text: null): it encodes images only")
+        return ClipTokenizer(context=self.model.text.context)
+
+    def preprocess(self, image: ImageLike) -> Tensor:
+        """One image as the tower sees it: uint8 (3, S, S).
+
+        Encoded bytes, the path of an image file, a PIL image, or RGB pixels as uint8 (H, W, 3).
+
+        Raises:
+            DamagedSample: the image cannot be used.
+            UserError: no such file, or an array of another type or shape.
+        """
+        return eval_crop(_pixels(image), self.image_size)
+
+    def encode_image(self, images: Sequence[ImageLike] | Tensor, *, batch_size: int = 64) -> np.ndarray:
+        """(B, dim) float32, unit rows, of a list of images or of preprocessed uint8 (B, 3, S, S).
+
+        Raises:
+            DamagedSample: an image cannot be used; the message has its position.
+            UserError: a tensor or array of another type or shape.
+        """
+        batches = self._image_batches(images, batch_size)
+        return self._encode(IMAGE, batches, len(images))
+
+    def encode_text(self, texts: Sequence[str], *, batch_size: int = 256) -> np.ndarray:
+        """(B, dim) float32, unit rows. Texts longer than the tower's context are cut.
+
+        Raises:
+            UserError: the encoder has no text tower, or `texts` is a single string.
+        """
+        if isinstance(texts, str):
+            raise UserError("encode_text takes a list of texts; put the one text into a list")
+        tokens = (self._tokenizer(texts[i : i + batch_size]) for i in range(0, len(texts), batch_size))
+        return self._encode(TEXT, tokens, len(texts))
+
+    def _image_batches(self, images: Sequence[ImageLike] | Tensor, batch_size: int) -> Iterator[Tensor]:
+        if isinstance(images, Tensor):
+            self._check(images)
+            yield from images.split(batch_size)
+            return
+        if isinstance(images, str | bytes | Path | Image.Image):
+            raise UserError("encode_image takes a list of images; put the one image into a list")
+        for start in range(0, len(images), batch_size):
+            rows = enumerate(images[start : start + batch_size], start)
+            yield torch.stack([self._preprocess_at(position, image) for position, image in rows])
+
+    def _preprocess_at(self, position: int, image: ImageLike) -> Tensor:
+        named = f"image {position} ({image})" if isinstance(image, str | Path) else f"image {position}"
+        try:
+            return self.preprocess(image)
+        except DamagedSample as damage:
+            raise DamagedSample(f"{named}: {damage.reason}") from damage
+        except UserError as error:
+            raise UserError(f"image {position}: {error}") from None
+
+    def _check(self, images: Tensor) -> None:
+        expected = (3, self.image_size, self.image_size)
+        if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise UserError(
+                f"preprocessed images must be uint8 (B, {', '.join(map(str, expected))}), "
+                f"given {images.dtype} {tuple(images.shape)}; `preprocess` makes them"
+            )
+
+    @torch.inference_mode()
+    def _encode(self, request: FeatureRequest, batches: Iterator[Tensor], rows: int) -> np.ndarray:
+        out = np.empty((rows, self.dim), dtype=np.float32)
+        done = 0
+        for batch in batches:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+                features = self._trunk({request: batch.to(self.device)})[request]
+            out[done : done + len(batch)] = F.normalize(features.float(), dim=-1).cpu().numpy()
+            done += len(batch)
+        return out
+
+
+def load(
+    path: str | Path, device: str | torch.device = "auto", precision: Literal["fp32", "bf16"] = "fp32"
+) -> Encoder:
+    """The encoder in a run folder (its newest whole checkpoint), a checkpoints folder, or one step's folder.
+
+    Raises:
+        UserError: there is no whole checkpoint, or its tensors are not those of the model its recipe names.
+    """
+    checkpoint = _find(Path(path))
+    try:
+        model = ModelRecipe.model_validate(checkpoint.meta["recipe"]["model"])
+    except (KeyError, TypeError, ValidationError) as error:
+        raise UserError(f"{checkpoint.path} does not say which model it holds (meta recipe.model: {error})") from None
+    trunk = build_trunk(model, seed=0)
+    load_trunk(trunk, checkpoint)
+    return Encoder(trunk, model, device=device, precision=precision)
+
+
+def load_trunk(trunk: Trunk, checkpoint: Checkpoint) -> None:
+    """Copy the checkpoint's model into `trunk`.
+
+    Raises:
+        UserError: names or shapes differ; all are shown, nothing was copied.
+    """
+    stored = {n.removeprefix("model."): n for n in checkpoint.names() if n.startswith("model.")}
+    own = trunk.state_dict()
+    differ = differences(
+        {n: tuple(t.shape) for n, t in own.items()}, {n: checkpoint.shape(full) for n, full in stored.items()}
+    )
+    if differ:
+        raise UserError(f"{checkpoint.path} is of another model than {trunk.image.name} as built here:\n{differ}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(checkpoint.read(stored[name]))
+
+
+def _find(path: Path) -> Checkpoint:
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give a run folder, its checkpoints folder, or one step's folder")
+    if (path / "manifest.json").is_file() or path.name.startswith("step_"):
+        return open_checkpoint(path)
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = find_latest(root)
+    if found is None:
+        raise UserError(f"{path}: holds no whole checkpoint; give a run folder, its checkpoints folder, or one step's")
+    return found
+
+
+def _pixels(image: ImageLike) -> np.ndarray:
+    """RGB uint8 (H, W, 3) of whatever was given."""
+    if isinstance(image, bytes | bytearray | memoryview):
+        return decode(bytes(image))
+    if isinstance(image, str | Path):
+        return decode(_read(Path(image)))
+    if isinstance(image, Image.Image):
+        if image.mode[0] in "IF":  # Pillow's conversion clips these to white
+            raise UserError(f"a PIL image of mode {image.mode} has no 8-bit colours; give the file's bytes instead")
+        return np.array(image.convert("RGB"))
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        if image.size == 0:
+            raise DamagedSample(f"image has no pixels: {image.shape}")
+        return np.ascontiguousarray(image)
+    given = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+    raise UserError(f"an image is bytes, a path, a PIL image or uint8 pixels (H, W, 3); given {given}")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)

@@ -1,0 +1,170 @@
+"""Image towers: any timm model behind one interface, bytes in, pooled features and embedding out.
+
+timm has the architectures, tested and fast; this adds what a trainer needs around them: uint8 pixels normalised
+where the tower is, a projection into the shared space, tokens of inner blocks, CLIP's initialisation for CLIP's own
+architectures, and errors that name the recipe's key. It loads no weights (see `pretrain.weights`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+from typing import Any
+
+import timm
+import torch
+from timm.layers import AttentionPool2d
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from pretrain.errors import UserError
+from pretrain.recipe import ModelRecipe
+
+
+class ImageTower(nn.Module):
+    """A timm backbone and its projection to `embed_dim`.
+
+    CLIP's ResNets project inside their attention pool; every other tower gets a linear projection without bias.
+    """
+
+    def __init__(self, recipe: ModelRecipe) -> None:
+        super().__init__()
+        self.name, self.image_size = recipe.image, recipe.image_size
+        self.mean, self.std = recipe.mean, recipe.std
+        self.backbone = _backbone(recipe)
+        self.projection: nn.Linear | None = None
+        if not _projects_itself(self.backbone):
+            self.projection = nn.Linear(self.backbone.head_hidden_size, recipe.embed_dim, bias=False)
+        init(self)
+
+    def forward(self, images: Tensor, outputs: Collection[str | int] = ("embedding",)) -> dict[str | int, Tensor]:
+        """(B, 3, S, S) uint8 -> the named outputs.
+
+        `embedding` (B, embed_dim), not of unit length; `pooled` (B, C) before the projection; a number n: the tokens
+        (B, L, width) of block n, class token first where there is one, before the final norm.
+
+        Raises:
+            UserError: images of a size the tower does not take, or a block it does not have.
+        """
+        x = self._normalise(images)
+        layers = sorted(o for o in outputs if isinstance(o, int))
+        if layers:
+            x, found = self._with_tokens(x, layers)
+        else:
+            x, found = self._features(x), {}
+        if {"embedding", "pooled"} & set(outputs):
+            found["pooled"] = self.backbone.forward_head(x, pre_logits=True)
+        if "embedding" in outputs:
+            project = self.projection or self.backbone.head.proj
+            found["embedding"] = project(found["pooled"])
+        return found
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        """uint8 -> (x / 255 - mean) / std in fp32, then the tower's dtype; mean and std are no buffers, so that a
+        backend that casts the module to bf16 leaves them alone."""
+        scale = torch.tensor([1 / (255 * s) for s in self.std]).view(3, 1, 1)
+        shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std)]).view(3, 1, 1)
+        to = {"device": images.device, "non_blocking": True}
+        x = torch.addcmul(shift.to(**to), images.float(), scale.to(**to))
+        return x.to(next(self.backbone.parameters()).dtype)
+
+    def _features(self, x: Tensor) -> Tensor:
+        try:
+            return self.backbone.forward_features(x)
+        except AssertionError as error:  # how timm's fixed-size towers refuse
+            raise UserError(
+                f"{self.name} does not take images of {x.shape[-2]}x{x.shape[-1]} pixels ({error}); set "
+                "model.image_size, or model.image_kwargs: {dynamic_img_size: true} for towers that can"
+            ) from None
+
+    def _with_tokens(self, x: Tensor, layers: list[int]) -> tuple[Tensor, dict[str | int, Tensor]]:
+        if not hasattr(self.backbone, "forward_intermediates"):
+            raise UserError(f"{self.name} cannot give the tokens of inner blocks (timm has no forward_intermediates)")
+        try:
+            if isinstance(self.backbone, VisionTransformer):
+                end, found = self.backbone.forward_intermediates(
+                    x, indices=layers, output_fmt="NLC", return_prefix_tokens=True
+                )
+                tokens = [torch.cat((prefix, patches), dim=1) for patches, prefix in found]
+            else:
+                end, found = self.backbone.forward_intermediates(x, indices=layers)
+                tokens = [m.flatten(2).transpose(1, 2) for m in found]
+        except (AssertionError, IndexError) as error:
+            raise UserError(f"{self.name} cannot give the tokens of blocks {layers}: {error}") from None
+        return end, dict(zip(layers, tokens))
+
+
+def init(tower: ImageTower) -> None:
+    """CLIP's initialisation for CLIP's own towers (as open_clip, which draws blocks at torch's default); timm's own
+    for all others, with a projection of N(0, width^-1/2)."""
+    if tower.projection is not None:
+        nn.init.normal_(tower.projection.weight, std=tower.projection.in_features**-0.5)
+    if "_clip" not in tower.name:
+        return
+    if isinstance(tower.backbone, VisionTransformer):
+        _init_vit(tower.backbone)
+    elif _projects_itself(tower.backbone):
+        _init_resnet(tower.backbone)
+
+
+@torch.no_grad()
+def _init_vit(vit: VisionTransformer) -> None:
+    _reset(vit)
+    nn.init.normal_(vit.cls_token, std=vit.embed_dim**-0.5)
+    nn.init.normal_(vit.pos_embed, std=vit.embed_dim**-0.5)
+    for block in vit.blocks:
+        nn.init.xavier_uniform_(block.attn.qkv.weight)
+        nn.init.zeros_(block.attn.qkv.bias)
+        nn.init.zeros_(block.attn.proj.bias)
+
+
+@torch.no_grad()
+def _init_resnet(resnet: nn.Module) -> None:
+    _reset(resnet)
+    pool = resnet.head
+    for layer in (pool.q, pool.k, pool.v, pool.proj):
+        nn.init.normal_(layer.weight, std=pool.in_features**-0.5)
+    nn.init.normal_(pool.pos_embed, std=pool.in_features**-0.5)
+    for name, parameter in resnet.named_parameters():
+        if name.endswith("conv3_1x1.bn.weight"):  # every residual branch starts as zero
+            nn.init.zeros_(parameter)
+
+
+def _reset(model: nn.Module) -> None:
+    """torch's default for every layer, in the order of the modules."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.BatchNorm2d):
+            module.reset_parameters()
+
+
+def _projects_itself(backbone: nn.Module) -> bool:
+    return isinstance(getattr(backbone, "head", None), AttentionPool2d)
+
+
+def _backbone(recipe: ModelRecipe) -> nn.Module:
+    if not timm.is_model(recipe.image):
+        near = difflib.get_close_matches(recipe.image, timm.list_models(), n=3)
+        hint = f"; near: {', '.join(near)}" if near else "; timm.list_models() has the names"
+        raise UserError(f"model.image: timm {timm.__version__} has no model {recipe.image!r}{hint}")
+    kwargs = {"num_classes": 0, **_size(recipe), **_activation(recipe), **recipe.image_kwargs}
+    try:
+        backbone = timm.create_model(recipe.image, pretrained=False, **kwargs)
+    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+        raise UserError(f"model.image_kwargs: timm cannot build {recipe.image} with {kwargs}: {error}") from None
+    if _projects_itself(backbone):
+        backbone.reset_classifier(recipe.embed_dim)
+    return backbone
+
+
+def _size(recipe: ModelRecipe) -> dict[str, Any]:
+    known = timm.get_pretrained_cfg(recipe.image)
+    return {"img_size": recipe.image_size} if known is not None and known.fixed_input_size else {}
+
+
+def _activation(recipe: ModelRecipe) -> dict[str, Any]:
+    """ViTs follow `activation`, as in CLIP; convolutional towers have their own."""
+    if not recipe.image.startswith("vit_"):
+        return {}
+    if "quickgelu" in recipe.image and recipe.activation != "quick_gelu":
+        raise UserError(f"model.activation is {recipe.activation}, but {recipe.image} has quick_gelu: set it so")
+    return {"act_layer": recipe.activation} if recipe.activation == "quick_gelu" else {}

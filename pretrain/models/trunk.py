@@ -1,0 +1,84 @@
+"""The trunk: an image tower and, unless the recipe has none, a text tower, run once for all that was requested.
+
+It answers `FeatureRequest`s and knows nothing of objectives: no temperature, no heads, no loss. Views of one size go
+through a tower as one batch, so a step costs one pass a tower and size (and batch normalisation, where a tower has
+it, sees the views together). Everything goes through `forward`, as sharding backends demand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.errors import UserError
+from pretrain.models.image import ImageTower
+from pretrain.models.request import FeatureRequest
+from pretrain.models.text import TextTower
+from pretrain.recipe import ModelRecipe
+
+Tower = Callable[..., dict]
+
+
+class Trunk(nn.Module):
+    """Image and text towers of one shared space."""
+
+    def __init__(self, model: ModelRecipe) -> None:
+        super().__init__()
+        self.embed_dim = model.embed_dim
+        self.image = ImageTower(model)
+        self.text = TextTower(model.text, model.embed_dim, model.activation) if model.text else None
+
+    def forward(self, inputs: dict[FeatureRequest, Tensor]) -> dict[FeatureRequest, Tensor]:
+        """Each request's feature.
+
+        Images are (b, 3, S, S) uint8, tokens (b, L) int64; `embedding` is (b, embed_dim), not of unit length,
+        `pooled` (b, C), tokens of a block (b, L, width). Requests of one view are answered from one pass.
+
+        Raises:
+            UserError: texts for a trunk without a text tower; what the towers refuse.
+        """
+        features: dict[FeatureRequest, Tensor] = {}
+        for (tower, _), requests in _by_shape(inputs):
+            features |= _run(self._tower(tower), requests, inputs)
+        return {request: features[request] for request in inputs}
+
+    def _tower(self, name: str) -> Tower:
+        if name == "image":
+            return self.image
+        if self.text is None:
+            raise UserError("a text feature was requested, but the recipe has model.text: null")
+        return self.text
+
+
+def build_trunk(model: ModelRecipe, *, seed: int) -> Trunk:
+    """A trunk with the weights that `seed` names: the same on every machine, torch's own generator left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Trunk(model)
+
+
+def _by_shape(inputs: dict[FeatureRequest, Tensor]) -> Iterable[tuple[tuple, list[FeatureRequest]]]:
+    """Requests that one call of a tower can answer: same tower, same size of the sample."""
+
+    def key(request: FeatureRequest) -> tuple:
+        return request.tower, tuple(inputs[request].shape[1:])
+
+    return [(k, list(group)) for k, group in groupby(sorted(inputs, key=key), key)]
+
+
+def _run(
+    tower: Tower, requests: list[FeatureRequest], inputs: dict[FeatureRequest, Tensor]
+) -> dict[FeatureRequest, Tensor]:
+    views = {request.view: inputs[request] for request in requests}  # each view once, however much is asked of it
+    wanted = {_output(request) for request in requests}
+    found = tower(torch.cat(list(views.values())) if len(views) > 1 else inputs[requests[0]], wanted)
+    rows = [len(x) for x in views.values()]
+    split = {output: dict(zip(views, found[output].split(rows))) for output in wanted}
+    return {request: split[_output(request)][request.view] for request in requests}
+
+
+def _output(request: FeatureRequest) -> str | int:
+    return request.output if request.from_layer is None else request.from_layer

@@ -1,0 +1,71 @@
+"""All objectives of a run as one: the union of what they ask, the weighted sum of what they say."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from pretrain.errors import UserError
+from pretrain.models.request import FeatureRequest
+from pretrain.objectives.base import Features, Objective
+from pretrain.views.spec import ImageView, TextView
+
+if TYPE_CHECKING:
+    from pretrain.reader import Batch
+
+
+class Joint(nn.Module):
+    """Objectives by name, in the recipe's order."""
+
+    def __init__(self, objectives: dict[str, Objective]) -> None:
+        super().__init__()
+        # a plug-in's dotted path is no module name in torch
+        self.by_name = objectives
+        self.members = nn.ModuleDict({name.replace(".", "_"): o for name, o in objectives.items()})
+
+    def image_views(self, size: int) -> list[ImageView]:
+        """Union of the crops asked for.
+
+        Raises:
+            UserError: two objectives give one name to different crops.
+        """
+        return _union([(n, v) for n, o in self.by_name.items() for v in o.image_views(size)])
+
+    def text_views(self) -> list[TextView]:
+        """Union of the texts asked for; UserError as for `image_views`."""
+        return _union([(n, v) for n, o in self.by_name.items() for v in o.text_views()])
+
+    def requests(self) -> list[FeatureRequest]:
+        """Union of the features asked for, in a stable order."""
+        return list(dict.fromkeys(r for o in self.by_name.values() for r in o.requests()))
+
+    def loss(self, features: Features, batch: Batch, group: object) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """(weighted sum of the losses, every objective's own loss and signals by name)."""
+        total, figures = None, {}
+        for name, objective in self.by_name.items():
+            own = objective.loss(features, batch, group)
+            part = objective.options.weight * own.value
+            total = part if total is None else total + part
+            figures[f"loss/{name}"] = own.value.detach()
+            figures |= {f"{name}/{signal}": value for signal, value in own.signals.items()}
+        assert total is not None
+        return total, figures
+
+    def before_step(self, step: int) -> None:
+        for objective in self.by_name.values():
+            objective.before_step(step)
+
+    def after_step(self, step: int) -> None:
+        for objective in self.by_name.values():
+            objective.after_step(step)
+
+
+def _union(asked: list[tuple[str, ImageView]] | list[tuple[str, TextView]]) -> list:
+    views: dict = {}
+    for objective, view in asked:
+        if views.setdefault(view.name, view) != view:
+            raise UserError(
+                f"objectives.{objective}: its view {view.name!r} differs from another objective's view of that name"
+            )
+    return list(views.values())

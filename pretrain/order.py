@@ -1,0 +1,247 @@
+"""Which sample when: the global batch of any step as a pure function of (sources, seed, step).
+
+The samples of a source stand in one line, shard after shard. The line is cut into blocks; each epoch
+permutes the blocks and deals the permuted line into C lanes; each lane shuffles inside windows. A batch
+takes the same number of rows from every lane, and a lane runs on from one epoch into its next, so no batch
+is ragged, nothing is dropped, and the rows that carry epoch e are every sample exactly once. Nothing is
+stored: the permutations are keyed bijections evaluated at the rows asked for, so a run resumes from its
+step alone, at any world size that divides the batch, and opening a source costs the same whatever its
+length.
+
+Several sources share the lanes: `mixture` says which source a row is of and which turn of that source in
+the lane, and the source's own order goes on from turn to turn.
+
+It reads no data and knows no sample keys: an id is a place in the source's line of samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from .errors import UserError
+from .mixture import Mixture
+from .permutation import keyed_hash, permute
+from .philox import MAX_ID, MAX_SOURCE, key
+
+ORDER_VERSION = 1  # raised only when the same description would give other batches
+MAX_LANES = 512
+FEW_LANES = 64  # with fewer, and several rows of each in a batch, neighbours of a shard meet often
+MAX_BLOCK = 256
+
+log = logging.getLogger(__name__)
+
+
+class Batch(NamedTuple):
+    """Rows of one rank at one step: places in the line of their source, that source, its epoch; (b,) each."""
+
+    ids: np.ndarray  # int64
+    source: np.ndarray  # int32
+    epoch: np.ndarray  # int64
+
+
+class SampleOrder:
+    """The order of one run: immutable, cheap to make, the same on every rank.
+
+    sources: one list of shard lengths (samples) each.
+    weights: one number a source; None is proportional to their samples, never below 1 row in 10,000.
+    segments: (from_step, weights) in rising steps, each valid until the next.
+    block: samples that stay together in the permuted line; None is N / (16 C) within 1 to 256, for each source.
+    window: at most so many neighbours of a lane are shuffled among themselves (a lane is cut into equal windows).
+    Raises UserError for an empty source, a batch larger than the samples, and weights that cannot be met.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Sequence[int]],
+        *,
+        seed: int,
+        global_batch: int,
+        weights: Sequence[float] | None = None,
+        segments: Iterable[tuple[int, Sequence[float]]] = (),
+        block: int | None = None,
+        window: int = 4096,
+    ):
+        lines = _checked_lines(sources)
+        self._sizes = np.array([int(line.sum()) for line in lines], np.int64)
+        self.samples = int(self._sizes.sum())
+        self.seed, self.global_batch, self.window = int(seed), int(global_batch), int(window)
+        _check_settings(self.samples, self.global_batch, self.window, block)
+        self.lanes = _lanes(self.global_batch, int(self._sizes.min()))
+        self._share = self.global_batch // self.lanes  # rows a lane gives to a batch
+        self._warn_of_few_lanes()
+        self.blocks = [block or _default_block(samples, self.lanes) for samples in self._sizes.tolist()]
+        self._mixture = Mixture(
+            self._sizes, weights, segments, global_batch=self.global_batch, lanes=self.lanes
+        )
+        self._block_keys, self._window_keys = self._keys("block"), self._keys("window")
+        self._described = [_described(line) for line in lines]
+
+    # ---- what a run asks -----------------------------------------------------------------------------------
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """Rows [rank * B / world, (rank + 1) * B / world) of the global batch of `step`, in order.
+
+        Raises UserError when `world` does not divide the batch.
+        """
+        rows = self._rows(rank, world)
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}")
+        lanes, positions = rows // self._share, step * self._share + rows % self._share
+        source, turn = self._mixture.turns(step, lanes, positions)
+        start = lanes * self._sizes[source] // self.lanes
+        length = (lanes + 1) * self._sizes[source] // self.lanes - start
+        epoch, place = np.divmod(turn, length)
+        line = start + self._shuffled(source, epoch, lanes, place, length)
+        return Batch(self._dealt(source, epoch, line), source, epoch)
+
+    def epoch_of(self, step: int) -> float:
+        """Samples seen before `step`, over all samples."""
+        return step * self.global_batch / self.samples
+
+    def description(self) -> dict:
+        """All that the order depends on, as plain JSON; `mix`: [from_step, rows of each source in 10,000]."""
+        return {
+            "order_version": ORDER_VERSION,
+            "seed": self.seed,
+            "global_batch": self.global_batch,
+            "window": self.window,
+            "block": self.blocks,
+            "sources": self._described,
+            "mix": self._mixture.description(),
+        }
+
+    def digest(self) -> str:
+        """sha256 of the description; equal digests give equal batches at every step."""
+        return hashlib.sha256(json.dumps(self.description(), sort_keys=True).encode()).hexdigest()
+
+    def check_continues(self, saved: dict, step: int) -> None:
+        """Raise UserError, saying what differs, unless a run described by `saved` may go on with this at `step`.
+
+        All must be equal but the mix from `step` on: new weights are a segment from this step or a later one.
+        """
+        ours, theirs = self.description(), dict(saved)
+        for description in (ours, theirs):
+            description["mix"] = [list(part) for part in description.get("mix", []) if part[0] < step]
+        differing = [name for name in ours if ours[name] != theirs.get(name)]
+        if differing:
+            told = "; ".join(f"{name} was {theirs.get(name)} and is {ours[name]}" for name in differing)
+            raise UserError(
+                f"the sample order is not the one this run followed up to step {step}: {told}. Resume with the "
+                f"settings of the run; a wanted change of weights is a segment from step {step} or later"
+            )
+
+    # ---- from a row to its id ------------------------------------------------------------------------------
+
+    def _rows(self, rank: int, world: int) -> np.ndarray:
+        if world < 1 or self.global_batch % world:
+            raise UserError(_world_message(self.global_batch, world))
+        if not 0 <= rank < world:
+            raise ValueError(f"rank must lie in [0, {world}), got {rank}")
+        share = self.global_batch // world
+        return np.arange(rank * share, (rank + 1) * share, dtype=np.int64)
+
+    def _shuffled(self, source, epoch, lanes, place, length) -> np.ndarray:
+        """(b,) places in the lane after the shuffle inside windows; window w begins at w * length // windows."""
+        windows = -(-length // self.window)
+        window = (place * windows + windows - 1) // length
+        first = window * length // windows
+        size = (window + 1) * length // windows - first
+        keys = keyed_hash(self._window_keys[source], epoch.astype(np.uint64))
+        keys = keyed_hash(keys, ((lanes << 32) | window).astype(np.uint64))
+        return first + permute(place - first, size, keys)
+
+    def _dealt(self, source: np.ndarray, epoch: np.ndarray, line: np.ndarray) -> np.ndarray:
+        """(b,) ids at places of the permuted line, which runs over whole blocks but for the last, short one."""
+        samples, block = self._sizes[source], np.array(self.blocks)[source]
+        blocks = -(-samples // block)
+        keys = keyed_hash(self._block_keys[source], epoch.astype(np.uint64))
+        gap = blocks * block - samples  # samples the last block lacks
+        short = self._place_of_last(source, epoch, blocks, keys)
+        line = line + np.where(line >= (short + 1) * block - gap, gap, 0)  # as if the last block were whole
+        place, inside = np.divmod(line, block)
+        return permute(place, blocks, keys) * block + inside
+
+    @staticmethod
+    def _place_of_last(source, epoch, blocks, keys) -> np.ndarray:
+        """(b,) place of the last block in the permuted line, worked out once for each source and epoch."""
+        _, first, back = np.unique(epoch * MAX_SOURCE + source, return_index=True, return_inverse=True)
+        return permute(blocks[first] - 1, blocks[first], keys[first], inverse=True)[back]
+
+    # ---- making it -----------------------------------------------------------------------------------------
+
+    def _keys(self, purpose: str) -> np.ndarray:
+        return np.array([key(self.seed, "order", purpose, d) for d in range(len(self._sizes))], np.uint64)
+
+    def _warn_of_few_lanes(self) -> None:
+        long = int(self._sizes.max()) > self.lanes * self.window
+        if self.lanes < FEW_LANES and self._share > 1 and long:
+            log.warning(
+                "global batch %d gives only %d lanes (its largest divisor up to %d samples), %d rows of each in a "
+                "batch: neighbours of a shard will meet often; a multiple of %d is shuffled better",
+                *(
+                    self.global_batch,
+                    self.lanes,
+                    min(MAX_LANES, int(self._sizes.min())),
+                    self._share,
+                    FEW_LANES,
+                ),
+            )
+
+
+def _checked_lines(sources: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    if not 0 < len(sources) < MAX_SOURCE:
+        raise UserError(f"{len(sources)} sources: give 1 to {MAX_SOURCE - 1}; one source may be many folders")
+    lines = [np.asarray(lengths) for lengths in sources]
+    for d, line in enumerate(lines):
+        if line.ndim == 1 and not line.size:
+            raise UserError(f"source {d} has no shards: check its path, or pack it first")
+        if line.ndim != 1 or line.dtype.kind not in "iu" or line.min() < 0:
+            raise UserError(f"source {d} must be a list of shard lengths, whole numbers from 0 on")
+        if not 0 < int(line.sum()) < MAX_ID:
+            raise UserError(
+                f"source {d}: {line.size} shards hold {line.sum()} samples; pack it again, or leave it out"
+            )
+    return lines
+
+
+def _check_settings(samples: int, global_batch: int, window: int, block: int | None) -> None:
+    for name, value in (("global batch", global_batch), ("window", window), ("block", block)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
+    if global_batch > samples:
+        raise UserError(
+            f"global batch {global_batch} is larger than the {samples} samples of the sources: a batch would hold "
+            f"samples twice. Use {samples} or less, or add data"
+        )
+
+
+def _lanes(global_batch: int, smallest: int) -> int:
+    return max(c for c in range(1, min(MAX_LANES, smallest) + 1) if global_batch % c == 0)
+
+
+def _default_block(samples: int, lanes: int) -> int:
+    return min(max(samples // (16 * lanes), 1), MAX_BLOCK)
+
+
+def _described(line: np.ndarray) -> dict:
+    lengths = hashlib.sha256(line.astype("<i8").tobytes()).hexdigest()
+    return {"samples": int(line.sum()), "shards": len(line), "lengths": lengths}
+
+
+def _world_message(global_batch: int, world: int) -> str:
+    if world < 1:
+        return f"world must be at least 1, got {world}"
+    below = global_batch // world * world
+    batches = [b for b in (below, below + world) if b]
+    divisors = [w for w in range(1, global_batch + 1) if global_batch % w == 0]
+    worlds = [max(w for w in divisors if w < world), *[w for w in divisors if w > world][:1]]
+    return (
+        f"global batch {global_batch} does not divide among {world} ranks: use a global batch of "
+        f"{' or '.join(map(str, batches))}, or {' or '.join(map(str, worlds))} ranks"
+    )

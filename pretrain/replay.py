@@ -1,0 +1,185 @@
+"""Any step of any run again, on one machine: which samples, which crops, what loss each had.
+
+The batch is exact, whatever the world was: order and augmentations are functions of (recipe, step). The losses are
+those of the newest checkpoint at or before the step; `advance` trains from there up to the step, in one process.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pretrain.backends.ddp import DDP
+from pretrain.backends.replicated import Replicated
+from pretrain.checkpoint import Checkpoint, find_at_or_before
+from pretrain.data import open_data
+from pretrain.distributed.process import Process
+from pretrain.distributed.syncbn import frozen_statistics
+from pretrain.errors import UserError
+from pretrain.models.trunk import build_trunk
+from pretrain.objectives import build
+from pretrain.objectives.base import Features
+from pretrain.objectives.joint import Joint
+from pretrain.optim.schedule import lr_at
+from pretrain.reader import Batch, Reader
+from pretrain.recipe import Recipe
+from pretrain.run import RunFolder
+from pretrain.step import TwoStage
+from pretrain.telemetry import read_log
+from pretrain.views.tokenizer import ClipTokenizer
+
+
+@dataclass
+class Replayed:
+    """One step of a run."""
+
+    step: int
+    weights_of: int
+    """Step of the weights the losses are of."""
+    batch: Batch
+    shards: list[str]
+    """Shard of every row."""
+    losses: dict[str, Tensor]
+    """(B,) loss of every sample, by objective."""
+    logged: float | None
+    """The run's own figure for this step, where it was logged."""
+
+    def total(self) -> Tensor:
+        """(B,) sum over the objectives."""
+        return torch.stack(list(self.losses.values())).sum(0)
+
+    def summary(self, top: int) -> str:
+        """A few lines for the terminal."""
+        mean = self.total().sum() / self.batch.weight.sum().clamp(min=1)
+        logged = "not logged" if self.logged is None else f"logged {self.logged:.6f}"
+        lines = [
+            f"step {self.step}: {len(self.batch.keys)} samples, mean loss {mean:.6f} "
+            f"(weights of step {self.weights_of}; {logged})"
+        ]
+        for i in self.total().argsort(descending=True)[:top].tolist():
+            lines.append(f"  {self.total()[i]:9.4f}  {self.shards[i]}  {self.batch.keys[i]}")
+        return "\n".join(lines)
+
+
+def replay(run: Path, step: int, *, advance: bool = False) -> Replayed:
+    """Rebuild 0-based `step` of a run.
+
+    Raises:
+        UserError: no run, a step outside of it, or no checkpoint at or before the step.
+    """
+    folder = RunFolder(run)
+    recipe = folder.recipe()
+    sources, order = open_data(recipe)
+    if not 0 <= step < recipe.total_steps(order.samples):
+        raise UserError(f"step {step} is outside the run: it has steps 0 to {recipe.total_steps(order.samples) - 1}")
+    checkpoint = find_at_or_before(folder.checkpoints, step)
+    if checkpoint is None and not advance:
+        raise UserError(
+            f"{folder.checkpoints} holds no checkpoint at or before step {step}; --advance trains up to it from step 0"
+        )
+    joint = Joint(build(recipe.objectives))
+    tokenizer = ClipTokenizer(recipe.model.text.context) if recipe.model.text else None
+    views = joint.image_views(recipe.model.image_size), joint.text_views()
+    reader = Reader(sources, order, *views, tokenizer, seed=recipe.seed, threads=recipe.data.threads)
+    try:
+        state = _State(recipe, joint, checkpoint)
+        if advance:
+            state.advance(reader, step, recipe.total_steps(order.samples))
+        batch = reader.batch(step)
+    finally:
+        reader.close()
+    shards = [str(sources[s].shards[int(sources[s].locate(i[None])[0][0])]) for s, i in zip(batch.source, batch.ids)]
+    logged = next((line["loss"] for line in read_log(folder.log_file) if line["step"] == step + 1), None)
+    return Replayed(step, state.step, batch, shards, state.sample_losses(batch), logged)
+
+
+class _State:
+    """A run's weights in one process."""
+
+    def __init__(self, recipe: Recipe, joint: Joint, checkpoint: Checkpoint | None) -> None:
+        process = Process(0, 1, 0, torch.device("cpu"))
+        self.recipe, self.joint = recipe, joint
+        self.world = checkpoint.meta["world"] if checkpoint else recipe.world or 1
+        self.backend = DDP(build_trunk(recipe.model, seed=recipe.seed), recipe, process)
+        self.replicated = Replicated(joint, recipe.optimizer, process)
+        self.step = 0
+        if checkpoint is not None:
+            self.backend.load(checkpoint)
+            self.replicated.load(checkpoint)
+            self.step = checkpoint.step
+
+    def advance(self, reader: Reader, step: int, total: int) -> None:
+        """Train up to `step`, on the same global batches."""
+        two_stage = self._two_stage(rank=0)
+        for batch in reader.stream(self.step, step):
+            self.joint.before_step(batch.step)
+            two_stage(batch)
+            parameters = self.backend.parameters() + self.replicated.parameters()
+            torch.nn.utils.clip_grad_norm_(parameters, self.recipe.optimizer.clip_norm or torch.inf)
+            lr = lr_at(batch.step, total, self.recipe.optimizer.lr, self.recipe.schedule)
+            self.backend.step(lr)
+            self.replicated.step(lr)
+            self.joint.after_step(batch.step)
+            self.step = batch.step + 1
+
+    @torch.no_grad()
+    def sample_losses(self, batch: Batch) -> dict[str, Tensor]:
+        """(B,) losses by objective, with the random draws each rank and micro-step had."""
+        size = len(batch.weight) // (self.world * self.recipe.accumulation)
+        parts: list[Features] = []
+        with frozen_statistics(self.backend.trunk):
+            for rank in range(self.world):
+                for micro in range(self.recipe.accumulation):
+                    start = (rank * self.recipe.accumulation + micro) * size
+                    parts.append(self._two_stage(rank).features(batch.rows(start, start + size), micro))
+        features = {r: torch.cat([p[r] for p in parts]) for r in parts[0]}
+        return {
+            name: o.options.weight * o.sample_losses(features, batch) for name, o in self.joint.by_name.items()
+        }
+
+    def _two_stage(self, rank: int) -> TwoStage:
+        accumulation, seed = self.recipe.accumulation, self.recipe.seed
+        return TwoStage(self.backend, self.joint, accumulation=accumulation, seed=seed, rank=rank, group=None)
+
+
+def write_page(replayed: Replayed, out: Path, top: int) -> None:
+    """The step as one HTML file: crops as the towers saw them, highest loss first."""
+    order = replayed.total().argsort(descending=True)[:top].tolist()
+    cards = "\n".join(_card(replayed, i) for i in order)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    summary = html.escape(replayed.summary(top=0))
+    out.write_text(
+        f"<!doctype html><meta charset=utf-8><title>step {replayed.step}</title><style>{_STYLE}</style>"
+        f"<h1>Step {replayed.step}</h1><p>{summary}</p><p>{len(order)} of {len(replayed.batch.keys)} samples, "
+        f"highest loss first; crops as the towers saw them.</p><main>{cards}</main>\n"
+    )
+
+
+_STYLE = """body{font:15px/1.4 system-ui,sans-serif;margin:2rem;background:#fff;color:#222}
+main{display:grid;grid-template-columns:repeat(auto-fill,minmax(11rem,1fr));gap:1rem}
+figure{margin:0;overflow-wrap:anywhere}img{width:100%;image-rendering:pixelated;border-radius:4px}
+b{font-variant-numeric:tabular-nums}small{color:#667}
+@media(prefers-color-scheme:dark){body{background:#16181c;color:#ddd}small{color:#99a}}"""
+
+
+def _card(replayed: Replayed, row: int) -> str:
+    batch = replayed.batch
+    crops = "".join(f'<img alt="" title="{html.escape(n)}" src="{_data_uri(v[row])}">' for n, v in batch.images.items())
+    captions = "<br>".join(html.escape(texts[row]) for texts in batch.captions.values())
+    losses = " ".join(f"{html.escape(n)} <b>{v[row]:.3f}</b>" for n, v in replayed.losses.items())
+    damaged = "" if batch.weight[row] > 0 else " (damaged: weight 0)"
+    where = html.escape(f"{Path(replayed.shards[row]).name} · {batch.keys[row]}{damaged}")
+    return f"<figure>{crops}<figcaption>{losses}<br>{captions}<br><small>{where}</small></figcaption></figure>"
+
+
+def _data_uri(pixels: Tensor) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

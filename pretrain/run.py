@@ -1,0 +1,106 @@
+"""A run's folder: the recipe it was started with, who may write into it, what it was started by.
+
+    RUN/recipe.yaml      resolved recipe          RUN/log.jsonl      a line a logged step
+    RUN/run.json         every start of it        RUN/damaged.jsonl  samples passed over, and why
+    RUN/checkpoints/     a folder a saved step    RUN/tensorboard/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pretrain.errors import UserError
+from pretrain.recipe import Recipe, dump_recipe, load_recipe
+
+FREE_TO_CHANGE = (
+    "output", "world", "accumulation", "steps", "epochs", "log", "checkpoint", "backend",
+    "data.threads", "data.prefetch", "data.max_damaged", "data.segments",
+)  # fmt: skip
+"""Keys a resumed run may set anew: they leave the order of data and the model as they are."""
+
+
+class RunFolder:
+    """Paths of a run, and the rules for coming back to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe_file = path / "recipe.yaml"
+        self.starts_file = path / "run.json"
+        self.log_file = path / "log.jsonl"
+        self.damage_file = path / "damaged.jsonl"
+        self.checkpoints = path / "checkpoints"
+
+    def recipe(self) -> Recipe:
+        """The recipe the run was last started with; UserError when this is no run folder."""
+        if not self.recipe_file.is_file():
+            raise UserError(f"{self.path} is not a run: it has no recipe.yaml")
+        return load_recipe(self.recipe_file)
+
+    def check(self, recipe: Recipe) -> list[str]:
+        """Keys that changed since the run was last started.
+
+        Raises:
+            UserError: a key changed that makes it another run (see FREE_TO_CHANGE).
+        """
+        if not self.recipe_file.is_file():
+            return []
+        changed = _differences(self.recipe().model_dump(mode="json"), recipe.model_dump(mode="json"))
+        refused = [line for key, line in changed.items() if not _free(key)]
+        if refused:
+            shown = "\n  ".join(refused)
+            raise UserError(
+                f"{self.path} holds a run of another recipe:\n  {shown}\n"
+                f"give it a folder of its own (output=…), or go back to the recipe in {self.recipe_file}"
+            )
+        return list(changed.values())
+
+    def begin(self, recipe: Recipe, start: dict[str, Any]) -> None:
+        """Keep the recipe and note this start; called by rank 0."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        starts = json.loads(self.starts_file.read_text()) if self.starts_file.is_file() else []
+        _replace(self.starts_file, json.dumps([*starts, start], indent=1) + "\n")
+        _replace(self.recipe_file, dump_recipe(recipe))
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run; UserError when another process trains into it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / "LOCK", "a") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another process is training into {self.path}; wait for it or stop it") from None
+            yield
+
+    def note_damage(self, record: dict[str, Any]) -> None:
+        """Append one sample that was passed over (a line is written whole: all ranks append to one file)."""
+        with open(self.damage_file, "a") as handle:
+            handle.write(json.dumps(record) + "\n")
+
+
+def _free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
+
+
+def _differences(old: Any, new: Any, key: str = "") -> dict[str, str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: dict[str, str] = {}
+        for name in dict.fromkeys([*old, *new]):
+            found |= _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+        return found
+    return {} if old == new else {key: f"{key}: {old!r} -> {new!r}"}
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)

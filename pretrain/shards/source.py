@@ -1,0 +1,194 @@
+"""Many shards as one line of samples: shard after shard, rows in file order, numbered from 0.
+
+Only the shards' lengths are held; the index of a shard is loaded when a sample of it is asked for, and the least
+recently used ones are let go, so that a source of 200,000 shards opens fast and stays small. Lengths come from the
+folder's `pack.json` (written by `python -m pretrain pack`, also for tars made elsewhere), else from the sidecars, else
+from the tars' headers. A length that no longer fits its shard is an error when that shard is first read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pretrain.errors import UserError
+from pretrain.shards.index import ShardIndex, index_length, load_index
+
+SUMMARY = "pack.json"
+
+
+class Source:
+    """Shards in their order. ``lengths[i]`` is the number of samples of ``shards[i]`` (0 is allowed).
+
+    Lengths already known are given as `noted`. Indexes of `cached` shards are kept; safe to use from several threads.
+    """
+
+    def __init__(self, shards: Sequence[Path], noted: Mapping[Path, int] | None = None, cached: int = 256):
+        self.shards = [Path(shard) for shard in shards]
+        self.lengths: list[int] = _lengths(self.shards, noted or {})
+        self._ends = np.cumsum(self.lengths, dtype=np.int64)
+        self._cached = cached
+        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def samples(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shard number and row, each (b,) int64, of sample ids (b,) int64; IndexError for an id outside the line."""
+        ids = np.asarray(ids, np.int64)
+        if ids.size and (ids.min() < 0 or ids.max() >= self.samples):
+            raise IndexError(f"sample ids from {ids.min()} to {ids.max()}: this source has 0 to {self.samples - 1}")
+        shard = np.searchsorted(self._ends, ids, side="right")
+        starts = np.concatenate([[0], self._ends[:-1]]) if len(self._ends) else self._ends
+        return shard, ids - starts[shard]
+
+    def index(self, shard: int) -> ShardIndex:
+        """The index of ``shards[shard]``; UserError when the shard is gone or holds another number of samples."""
+        with self._lock:
+            if shard in self._indexes:
+                self._indexes.move_to_end(shard)
+                return self._indexes[shard]
+        index = load_index(self.shards[shard])
+        if len(index) != self.lengths[shard]:
+            raise UserError(
+                f"{index.path} holds {len(index)} samples where {self.lengths[shard]} were noted: it has changed. "
+                f"Note it anew: python -m pretrain pack {index.path.parent}"
+            )
+        with self._lock:
+            self._indexes[shard] = index
+            while len(self._indexes) > self._cached:
+                self._indexes.popitem(last=False)
+        return index
+
+    def key(self, id: int) -> str:
+        """The key of one sample."""
+        shard, row = self.locate(np.array([id]))
+        return self.index(int(shard[0])).key(int(row[0]))
+
+
+def open_source(spec: str | Path | Sequence[str | Path]) -> Source:
+    """Open a folder of tars, a glob, a brace expression (`a-{000..009}.tar`), one tar, or a list of these.
+
+    In a folder the shards stand in the order of its `pack.json`, else by name with numbers counted as numbers.
+    Raises UserError naming what is missing and the nearest names there are.
+    """
+    specs = [spec] if isinstance(spec, str | Path) else list(spec)
+    shards = [shard for one in specs for shard in expand_shards(str(one))]
+    if not shards:
+        raise UserError(f"no shards in {spec!r}: name a folder of *.tar, a glob, or a list of tars")
+    noted = {shard: n for one in specs if Path(one).is_dir() for shard, n in _noted(Path(one)).items()}
+    return Source(shards, noted)
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """The folder's pack.json, or None where there is none; UserError when it cannot be understood."""
+    path = folder / SUMMARY
+    try:
+        summary = json.loads(path.read_bytes())
+        for shard in summary["shards"]:
+            shard["name"], int(shard["samples"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): write it anew: python -m pretrain pack {folder}") from error
+    return summary
+
+
+def expand_shards(spec: str) -> list[Path]:
+    """The tars that one folder, glob, brace expression or name stands for, in order."""
+    if "://" in spec or spec.startswith("pipe:"):
+        raise UserError(f"{spec}: shards are read from local or mounted folders; copy them to one")
+    if Path(spec).is_dir():
+        return _in_folder(Path(spec))
+    if Path(spec).exists():
+        return [Path(spec)]
+    if "{" in spec:
+        from braceexpand import UnbalancedBracesError, braceexpand
+
+        try:
+            expanded = list(braceexpand(spec))
+        except (UnbalancedBracesError, ValueError) as error:
+            raise UserError(f"{spec}: braces do not expand ({error})") from error
+        if len(expanded) > 1:
+            return [shard for one in expanded for shard in expand_shards(one)]
+        spec = expanded[0]
+    if re.search(r"[*?\[]", spec):
+        found = [Path(name) for name in glob.glob(spec, recursive=True)]
+        if found:
+            return sorted(found, key=natural)
+    if not Path(spec).exists():
+        raise UserError(f"no shard {spec}{_nearest(Path(spec))}")
+    return [Path(spec)]
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    present = sorted(folder.glob("*.tar"), key=natural)
+    summary = read_summary(folder)
+    if summary is not None:
+        return _summarised(folder, summary, present)
+    if not present:
+        inner = sorted({path.parent.name for path in folder.glob("*/*.tar")})
+        hint = f": did you mean {' or '.join(str(folder / name) for name in inner[:3])}?" if inner else ""
+        raise UserError(f"{folder} holds no *.tar{hint or ': make some with python -m pretrain pack'}")
+    return present
+
+
+def _summarised(folder: Path, summary: dict[str, Any], present: list[Path]) -> list[Path]:
+    """The shards that pack.json names, which must be the shards there are."""
+    shards = [folder / shard["name"] for shard in summary["shards"]]
+    for shard in shards:
+        if shard not in present and not shard.exists():
+            raise UserError(f"no shard {shard}, which {folder / SUMMARY} names{_nearest(shard)}")
+    if extra := sorted(set(present) - set(shards)):
+        raise UserError(
+            f"{folder / SUMMARY} does not name {extra[0].name}{' and others' if len(extra) > 1 else ''}: "
+            f"write it anew: python -m pretrain pack {folder}"
+        )
+    return shards
+
+
+def natural(path: Path) -> tuple[list[tuple[int, str]], str]:
+    """Sort key under which 2.tar stands before 10.tar."""
+    parts = re.split(r"([0-9]+)", str(path))
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], str(path)
+
+
+def _nearest(missing: Path) -> str:
+    """What a person may have meant: the nearest names in the nearest folder that exists."""
+    folder = missing.parent
+    while not folder.is_dir():
+        missing, folder = folder, folder.parent
+    names = [path.name for path in folder.iterdir() if path.is_dir() or path.suffix == ".tar"]
+    near = difflib.get_close_matches(missing.name, names, n=3, cutoff=0.3)
+    return f"; nearest in {folder}: {', '.join(near)}" if near else f" (nothing like it in {folder})"
+
+
+def _noted(folder: Path) -> dict[Path, int]:
+    """Lengths that the folder's pack.json knows."""
+    summary = read_summary(folder) or {"shards": []}
+    return {folder / shard["name"]: int(shard["samples"]) for shard in summary["shards"]}
+
+
+def _lengths(shards: list[Path], noted: Mapping[Path, int]) -> list[int]:
+    known = dict(noted)
+    for folder in {shard.parent for shard in shards if shard not in known}:
+        known |= _noted(folder)
+    unknown = [shard for shard in shards if shard not in known]
+    if len(unknown) > 1:
+        with ThreadPoolExecutor(8) as pool:
+            known |= dict(zip(unknown, pool.map(index_length, unknown)))
+    elif unknown:
+        known[unknown[0]] = index_length(unknown[0])
+    return [known[shard] for shard in shards]

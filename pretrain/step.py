@@ -1,0 +1,97 @@
+"""Forward and backward of one global batch: features once, the loss on them, their gradients back.
+
+With `accumulation` k > 1 the features of all micro-batches are computed without a graph, the loss sees the whole
+batch, and every micro-batch is run again with its random numbers restored to take its part of the gradient back
+(GradCache, Gao et al. 2021). Exact for any k, the temperature included, but for batch-coupled normalisation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pretrain.backends.base import Backend
+from pretrain.distributed.syncbn import frozen_statistics
+from pretrain.models.request import FeatureRequest
+from pretrain.objectives.base import Features
+from pretrain.objectives.joint import Joint
+from pretrain.philox import key
+from pretrain.reader import Batch
+
+
+@dataclass
+class StepResult:
+    """What one forward and backward gave."""
+
+    loss: Tensor
+    """Scalar, global mean, on the device."""
+    figures: dict[str, Tensor | float]
+    """Losses and signals by objective."""
+    features: Features
+    """This rank's features, detached."""
+
+
+class TwoStage:
+    """The step's forward and backward, bound to a backend and a joint objective."""
+
+    def __init__(self, backend: Backend, joint: Joint, *, accumulation: int, seed: int, rank: int, group: object) -> None:
+        self.backend, self.joint = backend, joint
+        self.accumulation, self.seed, self.rank, self.group = accumulation, seed, rank, group
+        self.requests = joint.requests()
+
+    def __call__(self, batch: Batch) -> StepResult:
+        """Gradients of the global mean loss into the backend's and the objectives' parameters."""
+        if self.accumulation == 1:
+            features = self.features(batch, 0)
+            leaves = _leaves(features)
+            loss, figures = self._score(leaves, batch)
+            self._send_back(features, {r: leaf.grad for r, leaf in leaves.items()})
+            return StepResult(loss, figures, _detached(leaves))
+        micro = self._micro_batches(batch)
+        with torch.no_grad():
+            cached = [self.features(m, i) for i, m in enumerate(micro)]
+        leaves = _leaves({r: torch.cat([c[r] for c in cached]) for r in self.requests})
+        loss, figures = self._score(leaves, batch)
+        self._second_pass(micro, leaves)
+        return StepResult(loss, figures, _detached(leaves))
+
+    def inputs(self, batch: Batch) -> dict[FeatureRequest, Tensor]:
+        """What the trunk reads for every request."""
+        views = {"image": batch.images, "text": batch.tokens}
+        return {r: views[r.tower][r.view] for r in self.requests}
+
+    def _micro_batches(self, batch: Batch) -> list[Batch]:
+        size = len(batch.weight) // self.accumulation
+        return [batch.rows(i * size, (i + 1) * size) for i in range(self.accumulation)]
+
+    def features(self, batch: Batch, micro: int) -> Features:
+        """Features of one micro-batch, with the random draws that are its own."""
+        torch.manual_seed(key(self.seed, "dropout", batch.step, self.rank, micro) >> 1)
+        return self.backend.forward(self.inputs(batch))
+
+    def _score(self, leaves: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor | float]]:
+        loss, figures = self.joint.loss(leaves, batch, self.group)
+        loss.backward()
+        return loss.detach(), figures
+
+    def _second_pass(self, micro: list[Batch], leaves: Features) -> None:
+        size = len(micro[0].weight)
+        for i, m in enumerate(micro):
+            rows = slice(i * size, (i + 1) * size)
+            part = {r: None if leaf.grad is None else leaf.grad[rows] for r, leaf in leaves.items()}
+            with self.backend.micro_step(last=i == len(micro) - 1), frozen_statistics(self.backend.trunk):
+                self._send_back(self.features(m, i), part)
+
+    def _send_back(self, features: Features, gradients: dict[FeatureRequest, Tensor | None]) -> None:
+        used = [(features[r], g) for r, g in gradients.items() if g is not None]
+        self.backend.backward([f for f, _ in used], [g for _, g in used])
+
+
+def _leaves(features: Features) -> Features:
+    return {r: f.detach().requires_grad_() for r, f in features.items()}
+
+
+def _detached(features: Features) -> Features:
+    return {r: f.detach() for r, f in features.items()}

@@ -1,0 +1,261 @@
+"""The training loop, visible in one function.
+
+Everything that must be equal after a resume is a function of the step (order of data, augmentations, learning rate,
+random draws) or is in the checkpoint (weights, optimizer and objective state): so a run that was killed anywhere
+goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from pretrain.backends.ddp import DDP
+from pretrain.backends.replicated import Replicated
+from pretrain.checkpoint import CheckpointWriter, find_latest, new_attempt
+from pretrain.data import open_data
+from pretrain.distributed.flags import SharedFlags
+from pretrain.distributed.process import Process
+from pretrain.distributed.syncbn import convert
+from pretrain.errors import UserError
+from pretrain.models.trunk import build_trunk
+from pretrain.objectives import build
+from pretrain.objectives.joint import Joint
+from pretrain.optim.schedule import lr_at
+from pretrain.order import SampleOrder
+from pretrain.reader import Reader
+from pretrain.recipe import Recipe, check_split
+from pretrain.run import RunFolder
+from pretrain.step import TwoStage
+from pretrain.telemetry import RunLog, batch_signals, memory_gib, provenance
+from pretrain.views.tokenizer import ClipTokenizer
+
+log = logging.getLogger(__name__)
+
+
+def train(recipe: Recipe, process: Process) -> None:
+    """Train `recipe` to its last step, from the newest whole checkpoint of its folder if there is one.
+
+    Raises:
+        UserError: the recipe, the data or the folder do not fit; the loss became NaN; the disk is full.
+    """
+    folder = RunFolder(recipe.output)
+    with folder.lock() if process.first else nullcontext(), ExitStack() as cleanup:
+        _loop(_setup(recipe, process, folder, cleanup))
+
+
+def _loop(run: _Run) -> None:
+    recipe, process = run.recipe, run.process
+    clip_norm = recipe.optimizer.clip_norm or torch.inf
+    stop = False
+    clock = _Clock(run.reader)
+    for batch in run.reader.stream(run.start, run.total):
+        # ---- features, loss, gradients
+        run.joint.before_step(batch.step)
+        batch = batch.to(process.device)
+        result = run.two_stage(batch)
+        run.replicated.reduce()
+
+        # ---- step
+        parameters = run.backend.parameters() + run.replicated.parameters()
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+        _refuse_non_finite(batch.step, result.loss, grad_norm, run)
+        lr = lr_at(batch.step, run.total, recipe.optimizer.lr, recipe.schedule)
+        run.backend.step(lr)
+        run.replicated.step(lr)
+        run.joint.after_step(batch.step)
+
+        # ---- log
+        done = batch.step + 1
+        last = done == run.total
+        if last or done % recipe.log.every == 0 or done == run.start + 1:
+            line = {"loss": result.loss, **result.figures, "lr": lr, "grad_norm": grad_norm, **clock.read(done)}
+            if last or done % recipe.log.signals_every == 0:
+                line |= batch_signals(result.features, run.two_stage.group)
+            run.log.step(done, done * recipe.global_batch, run.order.epoch_of(done), line)
+
+        # ---- save; a signal that reached any rank stops all of them here, at the same step
+        stop = "stop" in run.flags.exchange(run.raised)
+        if last or stop or done % recipe.checkpoint.every == 0:
+            run.save(done)
+        if stop:
+            break
+    run.finish(stop)
+
+
+@dataclass
+class _Run:
+    """What the loop works with."""
+
+    recipe: Recipe
+    process: Process
+    folder: RunFolder
+    order: SampleOrder
+    reader: Reader
+    joint: Joint
+    backend: DDP
+    replicated: Replicated
+    two_stage: TwoStage
+    writer: CheckpointWriter
+    log: RunLog
+    flags: SharedFlags
+    start: int
+    total: int
+    raised: set[str] = field(default_factory=set)
+
+    def save(self, step: int) -> None:
+        """Hand step's state to the writer; training waits for the copy only."""
+        meta = {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "order": self.order.description(),
+            "samples_seen": step * self.recipe.global_batch,
+            "world": self.process.world,
+            "backend": self.backend.describe(),
+        }
+        self.writer.save(step, self.backend.fragments() + self.replicated.fragments(), meta)
+        self.log.event("save", step)
+
+    def finish(self, stopped: bool) -> None:
+        """Wait for the last save; say how to go on if the run was stopped."""
+        self.writer.wait()
+        self.log.event("stop" if stopped else "end")
+        if stopped and self.process.first:
+            log.warning("stopped by a signal and saved; the same command goes on from there")
+
+
+def _setup(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitStack) -> _Run:
+    try:
+        check_split(recipe.global_batch, process.world, recipe.accumulation)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    torch.use_deterministic_algorithms(recipe.deterministic)
+    changed = folder.check(recipe)
+    sources, order = open_data(recipe)
+    total = recipe.total_steps(order.samples)
+
+    joint = Joint(build(recipe.objectives))
+    trunk = build_trunk(recipe.model, seed=recipe.seed)
+    if process.world > 1 and recipe.model.sync_batchnorm:
+        trunk = convert(trunk)
+    backend = DDP(trunk, recipe, process)
+    replicated = Replicated(joint, recipe.optimizer, process)
+    start = _resume(folder, order, backend, replicated)
+    reader = Reader(
+        sources,
+        order,
+        joint.image_views(recipe.model.image_size),
+        joint.text_views(),
+        ClipTokenizer(recipe.model.text.context) if recipe.model.text else None,
+        seed=recipe.seed,
+        rank=process.rank,
+        world=process.world,
+        threads=recipe.data.threads,
+        prefetch=recipe.data.prefetch,
+        max_damaged=recipe.data.max_damaged,
+        on_damage=folder.note_damage,
+    )
+    cleanup.callback(reader.close)
+    two_stage = TwoStage(
+        backend, joint, accumulation=recipe.accumulation, seed=recipe.seed, rank=process.rank, group=None
+    )
+    if start < total:
+        backend.warm_up(two_stage.inputs(reader.batch(start).to(process.device)))
+    if process.first:
+        folder.begin(recipe, {**provenance(), "from_step": start, "changed": changed, "world": process.world})
+    writer = CheckpointWriter(
+        folder.checkpoints,
+        rank=process.rank,
+        world=process.world,
+        attempt=_shared_attempt(process),
+        keep_last=recipe.checkpoint.keep_last,
+        keep_every=recipe.checkpoint.keep_every,
+    )
+    run_log = RunLog(
+        folder.path, total_steps=total, resume_step=start, enabled=process.first, tensorboard=recipe.log.tensorboard
+    )
+    cleanup.callback(run_log.close)
+    run = _Run(
+        recipe, process, folder, order, reader, joint, backend, replicated, two_stage, writer, run_log,
+        SharedFlags(("stop",), process.world), start, total,
+    )  # fmt: skip
+    _listen(run)
+    _announce(run)
+    return run
+
+
+def _resume(folder: RunFolder, order: SampleOrder, backend: DDP, replicated: Replicated) -> int:
+    checkpoint = find_latest(folder.checkpoints)
+    if checkpoint is None:
+        return 0
+    order.check_continues(checkpoint.meta["order"], checkpoint.step)
+    backend.load(checkpoint)
+    replicated.load(checkpoint)
+    return checkpoint.step
+
+
+def _shared_attempt(process: Process) -> str:
+    token = [new_attempt()]
+    if process.world > 1:
+        dist.broadcast_object_list(token, src=0)
+    return token[0]
+
+
+def _listen(run: _Run) -> None:
+    def raise_stop(number: int, _frame: object) -> None:
+        if "stop" in run.raised and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait for the save
+        run.raised.add("stop")
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, raise_stop)
+
+
+def _announce(run: _Run) -> None:
+    if not run.process.first:
+        return
+    seen = f"resuming at step {run.start}" if run.start else "starting"
+    trained = sum(p.numel() for p in run.backend.trunk.parameters())
+    log.info(
+        f"{run.recipe.name}: {seen} of {run.total}, {run.order.samples:,} samples, batch {run.recipe.global_batch}, "
+        f"{trained / 1e6:.1f} M parameters, {run.backend.describe()}, into {run.folder.path}"
+    )
+    run.log.event("resume" if run.start else "start", run.start)
+
+
+def _refuse_non_finite(step: int, loss: torch.Tensor, grad_norm: torch.Tensor, run: _Run) -> None:
+    # the norm is of the reduced gradient, so all ranks see the same and none steps
+    if torch.isfinite(grad_norm + loss):
+        return
+    run.log.event("non-finite", step)
+    raise UserError(
+        f"step {step}: loss {loss.item():.4g}, gradient norm {grad_norm.item():.4g}. No weight was touched. "
+        f"`polyview replay {run.folder.path} --step {step}` shows the batch and the loss of each sample; "
+        f"lower optimizer.lr or set optimizer.clip_norm, then the same command resumes from the newest checkpoint"
+    )
+
+
+class _Clock:
+    """Rates since the last line of the log."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._step, self._time = -1, time.monotonic()
+
+    def read(self, done: int) -> dict[str, float]:
+        """Seconds a step, images a second over all ranks, share of the time spent waiting for data, memory."""
+        now = time.monotonic()
+        steps = done - self._step if self._step >= 0 else 1
+        elapsed = max(now - self._time, 1e-9)
+        self._step, self._time = done, now
+        return {
+            "step_s": elapsed / steps,
+            "images_per_s": steps * self._reader.order.global_batch / elapsed,
+            "data_wait": self._reader.data_wait_s() / elapsed,
+            "memory_gib": memory_gib(),
+        }

@@ -1,0 +1,18 @@
+"""Run recipes on a cluster: the same commands, as Slurm jobs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from pretrain import cli
+
+VERBS = {"submit": "slurm.cli_submit"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.main("slurm", __doc__ or "", VERBS, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,24 @@
+"""What all tests share: one thread, and the folder of real photographs where there is one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder named by POLYVIEW_DATA (flickr1k, coco-mini, cifar10-24k.tar.gz, imagenet-sample-250)."""
+    folder = os.environ.get("POLYVIEW_DATA")
+    if not folder:
+        pytest.skip("POLYVIEW_DATA is not set: real photographs are not on this machine")
+    if not Path(folder).is_dir():
+        pytest.fail(f"POLYVIEW_DATA={folder} is not a folder")
+    return Path(folder)

@@ -1,0 +1,40 @@
+"""Run a function on several real ranks: one process each, gloo, one thread a rank."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _entry(rank: int, fn: Callable, world: int, port: int, out: str, args: tuple) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    try:
+        torch.save(fn(rank, world, *args), Path(out) / f"{rank}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def run_ranks(fn: Callable, world: int, *args) -> list:
+    """Call ``fn(rank, world, *args)`` on `world` gloo ranks; the list of what each returned (tensors, plain data).
+
+    `fn` must be importable (a top-level function). An exception on any rank is raised here.
+    """
+    with tempfile.TemporaryDirectory() as out:
+        mp.start_processes(_entry, (fn, world, free_port(), out, args), nprocs=world, start_method="spawn")
+        return [torch.load(Path(out) / f"{r}.pt", weights_only=True) for r in range(world)]
