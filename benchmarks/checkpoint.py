@@ -2,11 +2,11 @@
 
     python -m benchmarks.checkpoint --mb 400
 
-The state is a model's worth of fp32 tensors on the CPU; training would go on changing them, so ours copies them to
-host memory before it returns, and that copy is what holds the step. Rounds are interleaved and wall-clock seconds
-of the calling thread are taken (what the step waits for), with nothing else being written at the time: between
-rounds the writer's thread is waited for, outside the measurement. torch.save is given its best case: no fsync.
-"reserved" is the first save of a run after `reserve`, "cold" one without.
+The state is a model's worth of fp32 tensors on the CPU; training would go on changing them, so ours copies
+them to host memory before it returns, and that copy is what holds the step. Rounds are interleaved and
+wall-clock seconds of the calling thread are taken (what the step waits for), with nothing else being written
+at the time: between rounds the writer's thread is waited for, outside the measurement. torch.save is given
+its best case: no fsync. "reserved" is the first save of a run after `reserve`, "cold" one without.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     state = make_state(args.mb)
     fragments = slice_for_rank(state, 0, 1)
-    times: dict[str, list[float]] = {k: [] for k in ("torch.save", "ours", "ours, reserved", "ours, cold", "written")}
+    times: dict[str, list[float]] = {
+        k: [] for k in ("torch.save", "ours", "ours, reserved", "ours, cold", "written")
+    }
     with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
         root = Path(scratch)
         writer = CheckpointWriter(root / "steady", attempt=new_attempt(), keep_last=1)
@@ -74,7 +76,12 @@ def main(args: argparse.Namespace) -> None:
     report(
         f"time a save of {args.mb} MB holds the step (wall s, {args.threads} thread(s))",
         [
-            {"save": name, "seconds": s, "of torch.save": s / peer, "bar": BAR if name.startswith("ours") else ""}
+            {
+                "save": name,
+                "seconds": s,
+                "of torch.save": s / peer,
+                "bar": BAR if name.startswith("ours") else "",
+            }
             for name, s in median.items()
         ],
         args,

@@ -35,7 +35,9 @@ class Result:
     language: str = "en"
     intervals: dict[str, list[float]] = field(default_factory=dict)  # metric -> [low, high], 95 %
     chance: dict[str, float] = field(default_factory=dict)  # metric -> what guessing gives
-    details: dict[str, Any] = field(default_factory=dict)  # run, step, fingerprint, counts, notes, how intervals came
+    details: dict[str, Any] = field(
+        default_factory=dict
+    )  # run, step, fingerprint, counts, notes, how intervals came
 
     @property
     def stem(self) -> str:
@@ -80,7 +82,9 @@ def read(path: Path) -> Result:
         raise UserError(f"{path}: not a readable JSON file ({e})") from e
     lacking = [k for k in NEEDED if not isinstance(data, dict) or k not in data]
     if lacking or not isinstance(data["metrics"], dict):
-        raise UserError(f"{path}: not an evaluation result: lacks {', '.join(lacking) or 'a table of metrics'}")
+        raise UserError(
+            f"{path}: not an evaluation result: lacks {', '.join(lacking) or 'a table of metrics'}"
+        )
     known = {k: v for k, v in data.items() if k in Result.__dataclass_fields__ and v is not None}
     result = Result(**known)
     result.metrics = {k: _number(v) for k, v in result.metrics.items()}

@@ -1,8 +1,8 @@
-"""A trained trunk put to work: images and texts in, unit vectors out, and the fingerprint of the space they lie in.
+"""A trained trunk put to work: images and texts in, unit vectors and the fingerprint of their space out.
 
-Frozen, in evaluation mode, fp32 unless asked otherwise. The fingerprint is a hash of all that makes the embedding
-space and of nothing else: two files of the same weights have one fingerprint, and vectors of different fingerprints
-must never be compared. This module trains nothing and stores no vectors.
+Frozen, in evaluation mode, fp32 unless asked otherwise. The fingerprint is a hash of all that makes the
+embedding space and of nothing else: two files of the same weights have one fingerprint, and vectors of
+different fingerprints must never be compared. This module trains nothing and stores no vectors.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from pretrain.checkpoint import Checkpoint, find_latest, open_checkpoint
+from pretrain.checkpoint.layout import MANIFEST
 from pretrain.errors import UserError
 from pretrain.models.request import FeatureRequest
 from pretrain.models.trunk import Trunk, build_trunk
@@ -35,7 +36,7 @@ ImageLike = bytes | str | Path | Image.Image | np.ndarray
 IMAGE = FeatureRequest("image", "image")
 TEXT = FeatureRequest("text", "text")
 RULES = {"crop": "shortest side bicubic antialiased, centre", "pooling": "embedding", "norm": "unit L2"}
-"""What the code below does to a sample, as part of the fingerprint: changed when it changes what comes out."""
+"""What the code below does to a sample: part of the fingerprint, changed when it changes what comes out."""
 
 
 class Encoder:
@@ -59,7 +60,7 @@ class Encoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256, hex: weights as fp32, architecture, preprocessing, tokenizer, pooling, normalisation, dimension.
+        """sha256, hex, of weights as fp32, architecture, preprocessing, tokenizer, pooling, normalisation.
 
         Independent of the file, the device and the compute dtype.
         """
@@ -164,7 +165,9 @@ def load(
     try:
         model = ModelRecipe.model_validate(checkpoint.meta["recipe"]["model"])
     except (KeyError, TypeError, ValidationError) as error:
-        raise UserError(f"{checkpoint.path} does not say which model it holds (meta recipe.model: {error})") from None
+        raise UserError(
+            f"{checkpoint.path} does not say which model it holds (meta recipe.model: {error})"
+        ) from None
     trunk = build_trunk(model, seed=0)
     load_trunk(trunk, checkpoint)
     return Encoder(trunk, model, device=device, precision=precision)
@@ -182,7 +185,9 @@ def load_trunk(trunk: Trunk, checkpoint: Checkpoint) -> None:
         {n: tuple(t.shape) for n, t in own.items()}, {n: checkpoint.shape(full) for n, full in stored.items()}
     )
     if differ:
-        raise UserError(f"{checkpoint.path} is of another model than {trunk.image.name} as built here:\n{differ}")
+        raise UserError(
+            f"{checkpoint.path} is of another model than {trunk.image.name} as built here:\n{differ}"
+        )
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(checkpoint.read(stored[name]))
@@ -190,13 +195,17 @@ def load_trunk(trunk: Trunk, checkpoint: Checkpoint) -> None:
 
 def _find(path: Path) -> Checkpoint:
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder; give a run folder, its checkpoints folder, or one step's folder")
-    if (path / "manifest.json").is_file() or path.name.startswith("step_"):
+        raise UserError(
+            f"{path}: no such folder; give a run folder, its checkpoints folder, or one step's folder"
+        )
+    if (path / MANIFEST).is_file() or path.name.startswith("step_"):
         return open_checkpoint(path)
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     found = find_latest(root)
     if found is None:
-        raise UserError(f"{path}: holds no whole checkpoint; give a run folder, its checkpoints folder, or one step's")
+        raise UserError(
+            f"{path}: holds no whole checkpoint; give a run folder, its checkpoints folder, or one step's"
+        )
     return found
 
 
@@ -208,7 +217,9 @@ def _pixels(image: ImageLike) -> np.ndarray:
         return decode(_read(Path(image)))
     if isinstance(image, Image.Image):
         if image.mode[0] in "IF":  # Pillow's conversion clips these to white
-            raise UserError(f"a PIL image of mode {image.mode} has no 8-bit colours; give the file's bytes instead")
+            raise UserError(
+                f"a PIL image of mode {image.mode} has no 8-bit colours; give the file's bytes instead"
+            )
         return np.array(image.convert("RGB"))
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         if image.size == 0:

@@ -49,7 +49,7 @@ class Mixture:
         self._had = self._counts_at_segments(len(sizes), lanes)
 
     def turns(self, step: int, lanes: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For rows (b,) of `step` at lane positions: their source, and its rows before them in the lane, (b,) each."""
+        """The source of rows (b,) of `step`, and its rows before them in their lane; (b,) each."""
         active = max(k for k, segment in enumerate(self._segments) if segment.from_step <= step)
         segment, offsets = self._segments[active], lanes * self._share
         slots, first = positions + offsets, segment.from_step * self._share + offsets
@@ -99,8 +99,8 @@ def _checked_quotas(
         rows = (quota * global_batch + PERIOD // 2) // PERIOD
         if rows > held:
             raise UserError(
-                f"{name}: source {d} has {held} samples, and {rows} rows of each batch of {global_batch} would be "
-                "of it: lower its weight or the batch, or join the source with another"
+                f"{name}: source {d} has {held} samples, and {rows} rows of each batch of {global_batch} "
+                "would be of it: lower its weight or the batch, or join the source with another"
             )
     return quotas
 
@@ -115,8 +115,8 @@ def _checked_weights(name: str, weights: Sequence[float], sources: int) -> list[
     for d, w in enumerate(weights):
         if 0 < w * PERIOD < total * (1 - 1e-9):
             raise UserError(
-                f"{name}: source {d} has a share of {w / total:.2g}, below the smallest, 1 in {PERIOD}: raise it, "
-                "set it to 0, or join the source with another"
+                f"{name}: source {d} has a share of {w / total:.2g}, below the smallest, 1 in {PERIOD}: "
+                "raise it, set it to 0, or join the source with another"
             )
     return weights
 

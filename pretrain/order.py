@@ -51,8 +51,8 @@ class SampleOrder:
     sources: one list of shard lengths (samples) each.
     weights: one number a source; None is proportional to their samples, never below 1 row in 10,000.
     segments: (from_step, weights) in rising steps, each valid until the next.
-    block: samples that stay together in the permuted line; None is N / (16 C) within 1 to 256, for each source.
-    window: at most so many neighbours of a lane are shuffled among themselves (a lane is cut into equal windows).
+    block: samples that stay together in the permuted line; None is N / (16 C) within 1 to 256, by source.
+    window: most neighbours of a lane that are shuffled among themselves (lanes are cut into equal windows).
     Raises UserError for an empty source, a batch larger than the samples, and weights that cannot be met.
     """
 
@@ -82,7 +82,7 @@ class SampleOrder:
         self._block_keys, self._window_keys = self._keys("block"), self._keys("window")
         self._described = [_described(line) for line in lines]
 
-    # ---- what a run asks -----------------------------------------------------------------------------------
+    # ---- what a run asks ---------------------------------------------------------------------------------
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Rows [rank * B / world, (rank + 1) * B / world) of the global batch of `step`, in order.
@@ -121,7 +121,7 @@ class SampleOrder:
         return hashlib.sha256(json.dumps(self.description(), sort_keys=True).encode()).hexdigest()
 
     def check_continues(self, saved: dict, step: int) -> None:
-        """Raise UserError, saying what differs, unless a run described by `saved` may go on with this at `step`.
+        """Raise UserError, saying what differs, unless the run described by `saved` may go on at `step`.
 
         All must be equal but the mix from `step` on: new weights are a segment from this step or a later one.
         """
@@ -132,11 +132,11 @@ class SampleOrder:
         if differing:
             told = "; ".join(f"{name} was {theirs.get(name)} and is {ours[name]}" for name in differing)
             raise UserError(
-                f"the sample order is not the one this run followed up to step {step}: {told}. Resume with the "
-                f"settings of the run; a wanted change of weights is a segment from step {step} or later"
+                f"the sample order is not the one this run followed up to step {step}: {told}. "
+                f"Resume with the settings of the run; new weights are a segment from step {step} on"
             )
 
-    # ---- from a row to its id ------------------------------------------------------------------------------
+    # ---- from a row to its id ----------------------------------------------------------------------------
 
     def _rows(self, rank: int, world: int) -> np.ndarray:
         if world < 1 or self.global_batch % world:
@@ -147,7 +147,7 @@ class SampleOrder:
         return np.arange(rank * share, (rank + 1) * share, dtype=np.int64)
 
     def _shuffled(self, source, epoch, lanes, place, length) -> np.ndarray:
-        """(b,) places in the lane after the shuffle inside windows; window w begins at w * length // windows."""
+        """(b,) places in the lane after the shuffle inside windows; one begins at w * length // windows."""
         windows = -(-length // self.window)
         window = (place * windows + windows - 1) // length
         first = window * length // windows
@@ -157,7 +157,7 @@ class SampleOrder:
         return first + permute(place - first, size, keys)
 
     def _dealt(self, source: np.ndarray, epoch: np.ndarray, line: np.ndarray) -> np.ndarray:
-        """(b,) ids at places of the permuted line, which runs over whole blocks but for the last, short one."""
+        """(b,) ids at places of the permuted line: whole blocks but for the last, short one."""
         samples, block = self._sizes[source], np.array(self.blocks)[source]
         blocks = -(-samples // block)
         keys = keyed_hash(self._block_keys[source], epoch.astype(np.uint64))
@@ -173,7 +173,7 @@ class SampleOrder:
         _, first, back = np.unique(epoch * MAX_SOURCE + source, return_index=True, return_inverse=True)
         return permute(blocks[first] - 1, blocks[first], keys[first], inverse=True)[back]
 
-    # ---- making it -----------------------------------------------------------------------------------------
+    # ---- making it ---------------------------------------------------------------------------------------
 
     def _keys(self, purpose: str) -> np.ndarray:
         return np.array([key(self.seed, "order", purpose, d) for d in range(len(self._sizes))], np.uint64)
@@ -182,8 +182,8 @@ class SampleOrder:
         long = int(self._sizes.max()) > self.lanes * self.window
         if self.lanes < FEW_LANES and self._share > 1 and long:
             log.warning(
-                "global batch %d gives only %d lanes (its largest divisor up to %d samples), %d rows of each in a "
-                "batch: neighbours of a shard will meet often; a multiple of %d is shuffled better",
+                "global batch %d gives only %d lanes (its largest divisor up to %d), %d rows each: "
+                "neighbours of a shard will meet often; a multiple of %d is shuffled better",
                 *(
                     self.global_batch,
                     self.lanes,
@@ -216,8 +216,8 @@ def _check_settings(samples: int, global_batch: int, window: int, block: int | N
             raise UserError(f"{name} must be at least 1, got {value}")
     if global_batch > samples:
         raise UserError(
-            f"global batch {global_batch} is larger than the {samples} samples of the sources: a batch would hold "
-            f"samples twice. Use {samples} or less, or add data"
+            f"global batch {global_batch} is larger than the {samples} samples of the sources: a batch would "
+            f"hold samples twice. Use {samples} or less, or add data"
         )
 
 

@@ -39,7 +39,7 @@ def key(*parts: int | str) -> int:
 
 
 def philox(counter: np.ndarray, key64: int) -> np.ndarray:
-    """Philox4x32-10 of `counter` under one 64-bit key; both counter and result (..., 4) words of 32 bits in uint64."""
+    """Philox4x32-10 of `counter` under one 64-bit key; both (..., 4), 32-bit words in uint64."""
     c0, c1, c2, c3 = (counter[..., i].astype(np.uint64) for i in range(4))
     low, high = key64 & 0xFFFFFFFF, key64 >> 32
     for r in range(_ROUNDS):

@@ -31,7 +31,7 @@ from pretrain.optim.schedule import lr_at
 from pretrain.reader import Batch, Reader
 from pretrain.recipe import Recipe
 from pretrain.run import RunFolder
-from pretrain.step import TwoStage
+from pretrain.step import TwoStage, update
 from pretrain.telemetry import read_log
 from pretrain.views.tokenizer import ClipTokenizer
 
@@ -120,13 +120,12 @@ class _State:
         two_stage = self._two_stage(rank=0)
         for batch in reader.stream(self.step, step):
             self.joint.before_step(batch.step)
-            two_stage(batch)
-            parameters = self.backend.parameters() + self.replicated.parameters()
-            torch.nn.utils.clip_grad_norm_(parameters, self.recipe.optimizer.clip_norm or torch.inf)
+            result = two_stage(batch)
             lr = lr_at(batch.step, total, self.recipe.optimizer.lr, self.recipe.schedule)
-            self.backend.step(lr)
-            self.replicated.step(lr)
-            self.joint.after_step(batch.step)
+            update(
+                self.backend, self.replicated, self.joint, result,
+                step=batch.step, lr=lr, clip_norm=self.recipe.optimizer.clip_norm,
+            )  # fmt: skip
             self.step = batch.step + 1
 
     @torch.no_grad()

@@ -20,9 +20,9 @@ from pretrain.recipe import Recipe, dump_recipe, load_recipe
 
 FREE_TO_CHANGE = (
     "output", "world", "accumulation", "steps", "epochs", "log", "checkpoint", "backend",
-    "data.threads", "data.prefetch", "data.max_damaged", "data.segments",
+    "data.threads", "data.prefetch", "data.max_damaged", "data.segments", "optimizer.lr", "optimizer.clip_norm",
 )  # fmt: skip
-"""Keys a resumed run may set anew: they leave the order of data and the model as they are."""
+"""Keys a resumed run may set anew (each start's changes are in run.json): the order of data and the model stay."""
 
 
 class RunFolder:

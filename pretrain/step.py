@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pretrain.backends.base import Backend
+from pretrain.backends.replicated import Replicated
 from pretrain.distributed.syncbn import frozen_statistics
 from pretrain.models.request import FeatureRequest
 from pretrain.objectives.base import Features
@@ -87,6 +88,40 @@ class TwoStage:
     def _send_back(self, features: Features, gradients: dict[FeatureRequest, Tensor | None]) -> None:
         used = [(features[r], g) for r, g in gradients.items() if g is not None]
         self.backend.backward([f for f, _ in used], [g for _, g in used])
+
+
+def update(
+    backend: Backend,
+    replicated: Replicated,
+    joint: Joint,
+    result: StepResult,
+    *,
+    step: int,
+    lr: float,
+    clip_norm: float | None,
+) -> Tensor:
+    """Reduce, clip and step; the joint gradient norm of trunk and objectives before clipping.
+
+    Raises:
+        NonFiniteError: loss or gradient is not finite. The norm is of the reduced gradient, so all ranks see the
+            same and none has stepped.
+    """
+    replicated.reduce()
+    parameters = backend.parameters() + replicated.parameters()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm or torch.inf)
+    if not torch.isfinite(norm + result.loss):
+        raise NonFiniteError(result.loss.item(), norm.item())
+    backend.step(lr)
+    replicated.step(lr)
+    joint.after_step(step)
+    return norm
+
+
+class NonFiniteError(Exception):
+    """Loss or gradient of a step is NaN or infinite; nothing was updated."""
+
+    def __init__(self, loss: float, norm: float) -> None:
+        super().__init__(f"loss {loss:.4g}, gradient norm {norm:.4g}")
 
 
 def _leaves(features: Features) -> Features:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -20,20 +21,22 @@ from pretrain.backends.ddp import DDP
 from pretrain.backends.replicated import Replicated
 from pretrain.checkpoint import CheckpointWriter, find_latest, new_attempt
 from pretrain.data import open_data
+from pretrain.distributed.collectives import all_gather_rows
 from pretrain.distributed.flags import SharedFlags
 from pretrain.distributed.process import Process
 from pretrain.distributed.syncbn import convert
 from pretrain.errors import UserError
 from pretrain.models.trunk import build_trunk
 from pretrain.objectives import build
+from pretrain.objectives.base import Features
 from pretrain.objectives.joint import Joint
 from pretrain.optim.schedule import lr_at
 from pretrain.order import SampleOrder
 from pretrain.reader import Reader
 from pretrain.recipe import Recipe, check_split
 from pretrain.run import RunFolder
-from pretrain.step import TwoStage
-from pretrain.telemetry import RunLog, batch_signals, memory_gib, provenance
+from pretrain.step import NonFiniteError, TwoStage, update
+from pretrain.telemetry import RunLog, StepClock, embedding_std, provenance, rankme
 from pretrain.views.tokenizer import ClipTokenizer
 
 log = logging.getLogger(__name__)
@@ -52,33 +55,31 @@ def train(recipe: Recipe, process: Process) -> None:
 
 def _loop(run: _Run) -> None:
     recipe, process = run.recipe, run.process
-    clip_norm = recipe.optimizer.clip_norm or torch.inf
     stop = False
-    clock = _Clock(run.reader)
+    clock = StepClock(run.start, recipe.global_batch)
     for batch in run.reader.stream(run.start, run.total):
         # ---- features, loss, gradients
         run.joint.before_step(batch.step)
         batch = batch.to(process.device)
         result = run.two_stage(batch)
-        run.replicated.reduce()
 
-        # ---- step
-        parameters = run.backend.parameters() + run.replicated.parameters()
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
-        _refuse_non_finite(batch.step, result.loss, grad_norm, run)
+        # ---- reduce, clip, step
         lr = lr_at(batch.step, run.total, recipe.optimizer.lr, recipe.schedule)
-        run.backend.step(lr)
-        run.replicated.step(lr)
-        run.joint.after_step(batch.step)
+        with run.explained(batch.step):
+            grad_norm = update(
+                run.backend, run.replicated, run.joint, result,
+                step=batch.step, lr=lr, clip_norm=recipe.optimizer.clip_norm,
+            )  # fmt: skip
 
         # ---- log
         done = batch.step + 1
         last = done == run.total
         if last or done % recipe.log.every == 0 or done == run.start + 1:
-            line = {"loss": result.loss, **result.figures, "lr": lr, "grad_norm": grad_norm, **clock.read(done)}
+            line = {"samples_seen": done * recipe.global_batch, "epoch": run.order.epoch_of(done)}
+            line |= {"loss": result.loss, **result.figures, "lr": lr, "grad_norm": grad_norm}
             if last or done % recipe.log.signals_every == 0:
-                line |= batch_signals(result.features, run.two_stage.group)
-            run.log.step(done, done * recipe.global_batch, run.order.epoch_of(done), line)
+                line |= run.embedding_signals(result.features)
+            run.log.step(done, line | clock.read(done, run.reader.data_wait_s()))
 
         # ---- save; a signal that reached any rank stops all of them here, at the same step
         stop = "stop" in run.flags.exchange(run.raised)
@@ -119,7 +120,29 @@ class _Run:
             "backend": self.backend.describe(),
         }
         self.writer.save(step, self.backend.fragments() + self.replicated.fragments(), meta)
-        self.log.event("save", step)
+        self.log.event("save", step=step)
+
+    def embedding_signals(self, features: Features) -> dict[str, float]:
+        """RankMe and spread of the image embeddings of the global batch; gathered from all ranks, on all ranks."""
+        found = {}
+        for request, feature in features.items():
+            if request.tower == "image" and request.output == "embedding":
+                rows = all_gather_rows(feature)
+                found |= {f"rankme/{request.view}": rankme(rows), f"embedding_std/{request.view}": embedding_std(rows)}
+        return found
+
+    @contextmanager
+    def explained(self, step: int) -> Iterator[None]:
+        """Turn a NaN into what a person can do about it."""
+        try:
+            yield
+        except NonFiniteError as error:
+            self.log.event("non-finite", step=step)
+            raise UserError(
+                f"step {step}: {error}. No weight was touched. `polyview replay {self.folder.path} --step {step}` shows "
+                f"the batch and the loss of each sample; lower optimizer.lr or set optimizer.clip_norm, and the "
+                f"same command resumes from the newest checkpoint"
+            ) from None
 
     def finish(self, stopped: bool) -> None:
         """Wait for the last save; say how to go on if the run was stopped."""
@@ -177,7 +200,7 @@ def _setup(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
         keep_every=recipe.checkpoint.keep_every,
     )
     run_log = RunLog(
-        folder.path, total_steps=total, resume_step=start, enabled=process.first, tensorboard=recipe.log.tensorboard
+        folder.path, total_steps=total, resume_step=start or None, rank=process.rank, tensorboard=recipe.log.tensorboard
     )
     cleanup.callback(run_log.close)
     run = _Run(
@@ -219,43 +242,9 @@ def _listen(run: _Run) -> None:
 def _announce(run: _Run) -> None:
     if not run.process.first:
         return
-    seen = f"resuming at step {run.start}" if run.start else "starting"
+    begun = f"resuming at step {run.start} of" if run.start else "training"
     trained = sum(p.numel() for p in run.backend.trunk.parameters())
     log.info(
-        f"{run.recipe.name}: {seen} of {run.total}, {run.order.samples:,} samples, batch {run.recipe.global_batch}, "
+        f"{run.recipe.name}: {begun} {run.total} steps, {run.order.samples:,} samples, batch {run.recipe.global_batch}, "
         f"{trained / 1e6:.1f} M parameters, {run.backend.describe()}, into {run.folder.path}"
     )
-    run.log.event("resume" if run.start else "start", run.start)
-
-
-def _refuse_non_finite(step: int, loss: torch.Tensor, grad_norm: torch.Tensor, run: _Run) -> None:
-    # the norm is of the reduced gradient, so all ranks see the same and none steps
-    if torch.isfinite(grad_norm + loss):
-        return
-    run.log.event("non-finite", step)
-    raise UserError(
-        f"step {step}: loss {loss.item():.4g}, gradient norm {grad_norm.item():.4g}. No weight was touched. "
-        f"`polyview replay {run.folder.path} --step {step}` shows the batch and the loss of each sample; "
-        f"lower optimizer.lr or set optimizer.clip_norm, then the same command resumes from the newest checkpoint"
-    )
-
-
-class _Clock:
-    """Rates since the last line of the log."""
-
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
-        self._step, self._time = -1, time.monotonic()
-
-    def read(self, done: int) -> dict[str, float]:
-        """Seconds a step, images a second over all ranks, share of the time spent waiting for data, memory."""
-        now = time.monotonic()
-        steps = done - self._step if self._step >= 0 else 1
-        elapsed = max(now - self._time, 1e-9)
-        self._step, self._time = done, now
-        return {
-            "step_s": elapsed / steps,
-            "images_per_s": steps * self._reader.order.global_batch / elapsed,
-            "data_wait": self._reader.data_wait_s() / elapsed,
-            "memory_gib": memory_gib(),
-        }

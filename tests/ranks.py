@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import tempfile
@@ -11,6 +12,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+
+# ranks are forked from a server that has the heavy imports behind it, but has started no thread and no group
+multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "timm", "pretrain.models.trunk"])
 
 
 def free_port() -> int:
@@ -36,5 +41,5 @@ def run_ranks(fn: Callable, world: int, *args) -> list:
     `fn` must be importable (a top-level function). An exception on any rank is raised here.
     """
     with tempfile.TemporaryDirectory() as out:
-        mp.start_processes(_entry, (fn, world, free_port(), out, args), nprocs=world, start_method="spawn")
+        mp.start_processes(_entry, (fn, world, free_port(), out, args), nprocs=world, start_method="forkserver")
         return [torch.load(Path(out) / f"{r}.pt", weights_only=True) for r in range(world)]

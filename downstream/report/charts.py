@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from downstream.report.markup import esc, number
 
 WIDTH, HEIGHT = 340, 170
+SMOOTHED_FROM = 60  # points: shorter curves are read as they are
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 22
 MOST_POINTS = 300  # a curve is drawn about 300 pixels wide: more points would only weigh
 
@@ -18,6 +19,7 @@ def curve(points: Sequence[tuple[float, float]], name: str) -> str:
 
     Beyond 300 points each stretch keeps its least and its greatest value: a spike of one step stays visible.
     """
+    smooth = thin(running_mean(points), MOST_POINTS) if len(points) >= SMOOTHED_FROM else []
     points = thin(points, MOST_POINTS)
     x_low, x_high = points[0][0], max(points[-1][0], points[0][0] + 1)
     ticks = scale([v for _, v in points])
@@ -30,16 +32,37 @@ def curve(points: Sequence[tuple[float, float]], name: str) -> str:
     dots = [place(*p) for p in points]
     told = [[x, f"step {step:,.0f}: {number(value)}"] for (x, _), (step, value) in zip(dots, points)]
     lines = "".join(_tick(place(x_low, t)[1], t) for t in ticks)
-    path = "M" + "L".join(f"{x} {y}" for x, y in dots)
+    drawn = _path(dots, 0.35 if smooth else 1) + (_path([place(*p) for p in smooth], 1) if smooth else "")
     one = f'<circle cx="{dots[0][0]}" cy="{dots[0][1]}" r="3" fill="var(--own)"/>' if len(dots) == 1 else ""
     return (
         f'<svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{esc(name)} over steps"'
         f' data-width="{WIDTH}" data-points="{esc(json.dumps(told, separators=(",", ":")))}">{lines}'
-        f'<path d="{path}" fill="none" stroke="var(--own)" stroke-width="1.6" stroke-linejoin="round"/>{one}'
+        f"{drawn}{one}"
         f'<line class="cross" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="var(--soft)" style="display:none"/>'
         f'<text x="{LEFT}" y="{HEIGHT - 6}">{number(x_low)}</text>'
         f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">step {number(points[-1][0])}</text></svg>'
     )
+
+
+def _path(dots: Sequence[tuple[float, float]], opacity: float) -> str:
+    line = "L".join(f"{x} {y}" for x, y in dots)
+    return (
+        f'<path d="M{line}" fill="none" stroke="var(--own)" stroke-width="{1.7 if opacity == 1 else 1.1}"'
+        f' stroke-opacity="{opacity}" stroke-linejoin="round"/>'
+    )
+
+
+def running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Each value replaced by the mean of its neighbourhood, a twentieth of the curve to both sides together."""
+    reach = max(1, len(points) // 40)
+    total = [0.0]
+    for _, value in points:
+        total.append(total[-1] + value)
+    made = []
+    for i, (step, _) in enumerate(points):
+        lo, hi = max(0, i - reach), min(len(points), i + reach + 1)
+        made.append((step, (total[hi] - total[lo]) / (hi - lo)))
+    return made
 
 
 def _tick(y: float, value: float) -> str:

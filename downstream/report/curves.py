@@ -12,12 +12,25 @@ from downstream.report.glossary import CURVES
 from downstream.report.glossary import curve as about
 from downstream.report.markup import esc, isolated, number
 
-SKIPPED = {"step", "time", "epoch", "samples_seen", "eta_s", "elapsed_s", "timestamp", "wall_s", "attempt", "rank"}
+SKIPPED = {
+    "step",
+    "time",
+    "epoch",
+    "samples_seen",
+    "eta_s",
+    "elapsed_s",
+    "timestamp",
+    "wall_s",
+    "attempt",
+    "rank",
+}
 
 
 def section(lines: Iterable[Mapping[str, Any]]) -> str:
     """All curves of a run log, as HTML; `lines` are its entries in order of step."""
-    drawn = [_card(key, points) for key, points in sorted(series(lines).items(), key=lambda kv: _place(kv[0]))]
+    drawn = [
+        _card(key, points) for key, points in sorted(series(lines).items(), key=lambda kv: _place(kv[0]))
+    ]
     if not drawn:
         return '<p class="card empty">The run has logged no steps yet.</p>'
     return f'<div class="grid">{"".join(drawn)}</div>'

@@ -31,7 +31,7 @@ class Task:
 TASKS = {
     "zeroshot_retrieval": Task(
         "Retrieval",
-        "Captions find their photograph and photographs find their captions, by cosine alone; nothing was trained for it.",
+        "Captions find their photograph and photographs find their captions, by cosine alone.",
         ("image_retrieval_recall@5", "image_retrieval_recall@1"),
     ),
     "zeroshot_classification": Task(
@@ -59,15 +59,26 @@ _PATTERNS: tuple[tuple[str, Meaning], ...] = (
     ),
     (
         r"image_retrieval_median_rank",
-        Meaning("caption → image, median", "Half of the captions find their photograph at this place or before.", "rank"),
+        Meaning(
+            "caption → image, median",
+            "Half of the captions find their photograph at this place or before.",
+            "rank",
+        ),
     ),
     (
         r"text_retrieval_median_rank",
-        Meaning("image → caption, median", "Half of the photographs find one of their captions here or before.", "rank"),
+        Meaning(
+            "image → caption, median",
+            "Half of the photographs find one of their captions here or before.",
+            "rank",
+        ),
     ),
     (
         r"k(?P<k>\d+)_acc(?P<n>\d+)",
-        Meaning("top-{n}, k = {k}", "Share of test images whose class comes {among} in the vote of the {k} nearest."),
+        Meaning(
+            "top-{n}, k = {k}",
+            "Share of test images whose class comes {among} in the vote of the {k} nearest.",
+        ),
     ),
     (r"k(?P<k>\d+)_mean_per_class_recall", Meaning("class mean, k = {k}", _CLASS_MEAN)),
     (r"acc(?P<n>\d+)", Meaning("top-{n}", "Share of images whose class name comes {among} by nearness.")),
@@ -91,7 +102,11 @@ def task(name: str) -> Task:
 
 
 CURVES: tuple[tuple[str, str, str], ...] = (
-    (r"loss", "Loss", "What training minimises, all objectives together; less is better only within one recipe."),
+    (
+        r"loss",
+        "Loss",
+        "What training minimises, all objectives together; less is better only within one recipe.",
+    ),
     (r"loss[./_](.+)", "Loss: {0}", "This objective's own part of the loss."),
     (r"lr|learning_rate", "Learning rate", "The schedule as it was run."),
     (r"images_per_s|images_s|samples_per_s|images/s", "Images a second", "Over all ranks."),
@@ -100,7 +115,11 @@ CURVES: tuple[tuple[str, str, str], ...] = (
     (r"(step_s|step_time)", "Time a step", "Seconds."),
     (r"(.*[./_])?rankme", "RankMe", "How many directions the embeddings use; a fall towards 1 is collapse."),
     (r"(.*[./_])?(embedding_)?std", "Embedding spread", "1/√dimension is healthy, 0 is collapse."),
-    (r"(.*[./_])?logit_scale|(.*[./_])?scale|(.*[./_])?temperature", "Temperature", "As the objective learnt it."),
+    (
+        r"(.*[./_])?logit_scale|(.*[./_])?scale|(.*[./_])?temperature",
+        "Temperature",
+        "As the objective learnt it.",
+    ),
     (r"(.*[./_])?accuracy", "In-batch accuracy", "Share of rows whose partner is the nearest in the batch."),
     (r"mem.*|.*memory.*", "Memory", "Highest in use on a rank."),
 )

@@ -45,19 +45,20 @@ def is_picture(uri: Any) -> bool:
 
 
 def number(value: float | None) -> str:
-    """A figure of unknown size in at most five digits: 0.00012, 1.234, 56.7, 12,345."""
+    """A figure of unknown size in about four digits: 5e-05, 0.0012, 1.234, 56.71, 12,345."""
     if value is None or not math.isfinite(value):
         return "–"
     if value == 0 or float(value).is_integer() and abs(value) < 1e15:
         return f"{value:,.0f}"
-    if abs(value) < 1e-3 or abs(value) >= 1e6:
-        return f"{value:.2e}"
-    digits = max(0, 3 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{min(digits, 5)}f}"
+    if abs(value) < 1e-4 or abs(value) >= 1e6:
+        mantissa, power = f"{value:.2e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}"
+    shown = f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
+    return shown.rstrip("0").rstrip(".") if "." in shown else shown
 
 
 def share(value: float | None) -> str:
     """A share of 1 as a percentage: two digits after the point below 1 %, else one."""
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{100 * value:.{2 if 0 < value < 0.01 else 1}f} %"
+    return f"{100 * value:.{2 if 0 < value < 0.01 else 1}f}\N{NO-BREAK SPACE}%"

@@ -71,7 +71,9 @@ def evaluations(found: Found, run: str) -> list[Evaluation]:
         group = list(entries)
         paths = {id(r): path for path, r in group}
         cols = columns([r for _, r in group], run)
-        made.append(Evaluation(cols, [files.read_pictures(paths[id(c.result)]) for c in cols], f"evaluation-{i + 1}"))
+        made.append(
+            Evaluation(cols, [files.read_pictures(paths[id(c.result)]) for c in cols], f"evaluation-{i + 1}")
+        )
     return made
 
 
@@ -91,11 +93,11 @@ def page(
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="referrer" content="no-referrer">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; "
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
         f"<title>{esc(run)} · report</title><style>{CSS}</style></head><body>"
         f"<header><div><h1>{isolated(run)}</h1>{_facts(facts)}{_navigation(done)}</div></header>"
-        f'<main>{"".join(body)}</main><footer>Written {moment}. This file is complete: nothing is loaded.</footer>'
+        f"<main>{''.join(body)}</main><footer>Written {moment}. This file is complete: nothing is loaded.</footer>"
         f'<div id="tip"></div><script>{JS}</script></body></html>\n'
     )
 
@@ -110,7 +112,9 @@ def _facts(facts: Mapping[str, Any]) -> str:
 
 
 def _navigation(done: Sequence[Evaluation]) -> str:
-    links = [(e.anchor, f"{task(e.columns[0].result.task).title}: {e.columns[0].result.dataset}") for e in done]
+    links = [
+        (e.anchor, f"{task(e.columns[0].result.task).title}: {e.columns[0].result.dataset}") for e in done
+    ]
     links += [("training", "Training"), ("reading", "How to read this")]
     return "<nav>" + "".join(f'<a href="#{anchor}">{esc(title)}</a>' for anchor, title in links) + "</nav>"
 
@@ -127,7 +131,14 @@ def _summary(done: Sequence[Evaluation]) -> str:
 
 
 def _how_to_read(done: Sequence[Evaluation], found: Found) -> str:
-    methods = sorted({str(c.result.details["intervals"]) for e in done for c in e.columns if "intervals" in c.result.details})
+    methods = sorted(
+        {
+            str(c.result.details["intervals"])
+            for e in done
+            for c in e.columns
+            if "intervals" in c.result.details
+        }
+    )
     lines = [
         "Chance is what guessing gives: with 200 photographs a caption finds its own first by luck once in 200.",
         "Untrained is the same architecture with random weights: what it reaches is owed to the architecture and to the "

@@ -38,6 +38,12 @@ def section(cols: Sequence[Column], pictures: Sequence[Pictures], anchor: str) -
             shown,
         ),
         _examples(
+            "What images are called",
+            "The nearest class names, best first; the right one is marked.",
+            gallery.photographs(shown.get("named", ())),
+            shown,
+        ),
+        _examples(
             "Nearest neighbours",
             "Images and those most alike to the encoder, with their cosine; where there are labels, "
             "neighbours of the same class are framed.",
@@ -80,17 +86,28 @@ def _confusion(data: Mapping[str, Any] | None) -> str:
         drawn = f'<div class="matrix wide">{confusion.matrix(counts, names)}</div>'
     worst = confusion.mistakes(data.get("mistakes", ()))
     least = confusion.recalls(data.get("recalls", ()))
+    line = "The pairs most often mistaken, and the classes found least."
+    if drawn:
+        line = (
+            "Rows: the right class; columns: what was predicted; shade: the share of the row. "
+            "A blue diagonal and nothing else would be perfect."
+        )
     return (
-        '<div class="card"><h3>Which classes are taken for which</h3><p class="soft">Rows: the right class; columns: what '
-        "was predicted; a row's shade is its share. A blue diagonal and nothing else would be perfect.</p>"
-        f'<div class="two">{drawn}<div><h3>Most frequent mistakes</h3>{worst}</div>'
-        f"<div><h3>Classes found least</h3>{least}</div></div></div>"
+        f'<div class="card"><h3>Which classes are taken for which</h3><p class="soft">{line}</p><div class="two">{drawn}'
+        f"<div><h3>Most frequent mistakes</h3>{worst}<h3>Classes found least</h3>{least}</div></div></div>"
     )
 
 
 def _maps(cols: Sequence[Column], pictures: Sequence[Pictures], anchor: str) -> str:
     shown = [(cols[0].name, pictures[0]["map"])] if pictures[0].get("map") else []
-    beside = next(((c.name, p["map"]) for c, p in zip(cols[1:], pictures[1:]) if is_untrained(c.result) and p.get("map")), None)
+    beside = next(
+        (
+            (c.name, p["map"])
+            for c, p in zip(cols[1:], pictures[1:])
+            if is_untrained(c.result) and p.get("map")
+        ),
+        None,
+    )
     shown += [beside] if beside and shown else []
     if not shown:
         return ""

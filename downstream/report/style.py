@@ -34,7 +34,7 @@ align-items:center;font-size:13px}
 .bars .value{text-align:right;font-variant-numeric:tabular-nums}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:9px 10px;text-align:right;border-top:1px solid var(--line);vertical-align:middle}
-thead th{border-top:0;font-size:12.5px;font-weight:600;color:var(--soft);vertical-align:bottom}
+thead th{border-top:0;overflow-wrap:anywhere;font-size:12.5px;font-weight:600;color:var(--soft);vertical-align:bottom}
 tbody th{text-align:left;font-weight:600;min-width:210px}
 tbody th small{display:block;font-weight:400;color:var(--soft);max-width:46ch;line-height:1.35}
 td small{display:block;color:var(--soft);white-space:nowrap}
@@ -71,7 +71,7 @@ svg.map.dim circle{opacity:.12}svg.map.dim circle.on{opacity:1}
 .legend{display:flex;flex-wrap:wrap;gap:2px 14px;font-size:13px;margin-top:8px}
 .legend span{cursor:default}
 .matrix svg{display:block;width:100%;height:auto}
-.two{display:grid;gap:14px 28px;grid-template-columns:repeat(auto-fit,minmax(min(340px,100%),1fr));align-items:start}
+.two{display:grid;gap:14px 28px;grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));align-items:start}
 #tip{position:fixed;z-index:9;pointer-events:none;background:var(--card);border:1px solid var(--line);border-radius:8px;
 box-shadow:0 4px 18px rgba(0,0,0,.22);padding:6px;font-size:12.5px;max-width:190px;display:none}
 #tip img{display:block;width:112px;height:112px;object-fit:cover;border-radius:5px;margin-bottom:4px}

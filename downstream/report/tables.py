@@ -91,7 +91,7 @@ def verdict(cols: Sequence[Column], metric: str) -> str:
     value, guess = first.metrics.get(metric), first.chance.get(metric)
     parts = []
     if value is not None and guess:
-        parts.append(f"{value / guess:.1f} times chance")
+        parts.append(f"{value / guess:.3g} times chance")
     for c in cols[1:]:
         if is_untrained(c.result) and (said := _against(first, c.result, metric)):
             parts.append(f"{said} the untrained encoder")
@@ -114,7 +114,8 @@ def table(cols: Sequence[Column]) -> str:
     names = list(dict.fromkeys(m for c in cols for m in c.result.metrics))
     top = _tops(cols, names)
     heads = "".join(
-        f'<th scope="col"><span class="key" style="background:{c.colour}"></span>{isolated(c.name)}</th>' for c in cols
+        f'<th scope="col"><span class="key" style="background:{c.colour}"></span>{isolated(c.name)}</th>'
+        for c in cols
     )
     plot = f'<th class="plot" scope="col">{_axis_words(top)}</th>'
     body = "".join(_row(m, cols, top) for m in names)
@@ -128,7 +129,9 @@ def _tops(cols: Sequence[Column], names: Sequence[str]) -> dict[str, float]:
     """The end of the axis for each kind of metric: all shares of a table stand on one axis."""
     tops: dict[str, float] = {}
     for name in names:
-        seen = [v for c in cols for v in (c.result.metrics.get(name), c.result.chance.get(name)) if v is not None]
+        seen = [
+            v for c in cols for v in (c.result.metrics.get(name), c.result.chance.get(name)) if v is not None
+        ]
         seen += [c.result.intervals[name][1] for c in cols if name in c.result.intervals]
         kind = meaning(name).kind
         tops[kind] = max([tops.get(kind, 0.0), *seen])
@@ -164,14 +167,18 @@ def _cell(column: Column, name: str, means: Meaning) -> str:
     interval = column.result.intervals.get(name)
     within = f"<small>{_range(interval, means)}</small>" if interval else ""
     kind = ' class="own"' if column.own else ""
-    return f'<td{kind} data-of="{esc(column.name)}">{show(column.result.metrics.get(name), means)}{within}</td>'
+    return (
+        f'<td{kind} data-of="{esc(column.name)}">{show(column.result.metrics.get(name), means)}{within}</td>'
+    )
 
 
 def show(value: float | None, means: Meaning) -> str:
     """A figure as its kind is shown."""
+    if means.kind == "rank" and value is not None:
+        return f"{value:,.0f}"
     return share(value) if means.kind == "share" else number(value)
 
 
 def _range(interval: Sequence[float], means: Meaning) -> str:
-    low, high = (show(v, means).removesuffix(" %") for v in interval)
+    low, high = (show(v, means).removesuffix("\N{NO-BREAK SPACE}%") for v in interval)
     return f"{low} – {high}"

@@ -4,7 +4,8 @@ A float32 pass names a few candidates more than asked for (`kernels`); their pro
 rounded to float32 and sorted, equal scores by the lower row. The answer is certified where no row outside the
 candidates can reach it: the worst candidate, plus the largest error a float32 product can have (γ_D of Higham,
 Accuracy and Stability of Numerical Algorithms, §3.1), lies below the k-th score. Queries without that certificate
-(many rows equal or nearly so) get a whole float64 pass.
+(rows equal or nearly so around the k-th place) are asked again with many more candidates, and what is still open
+gets a whole float64 pass.
 
 Memory does not grow with the bank: a block of rows, or one of scores, at a time.
 """
@@ -21,6 +22,7 @@ from index.search.kernels import candidates
 
 QUERY_ROWS = 1024  # queries a pass
 EXACT_QUERY_ROWS = 256  # queries of a float64 pass: 256 × 16,384 scores are 32 MiB
+MORE_CANDIDATES = 16  # times the first number, at the second asking
 RESCORE_ELEMENTS = 2**23  # float64 numbers gathered at once: 64 MiB
 
 
@@ -67,16 +69,19 @@ def _check_queries(queries: Rows, bank: Bank, k: int) -> Tensor:
     return asked
 
 
-def _search(queries: Tensor, bank: Bank, k: int) -> tuple[Tensor, Tensor]:
-    count = k + max(8, k // 4)
+def _search(queries: Tensor, bank: Bank, k: int, *, again: bool = False) -> tuple[Tensor, Tensor]:
+    count = k + (4 + k // 8) * (MORE_CANDIDATES if again else 1)
     if bank.rows <= 2 * count:
         return _whole_pass(queries, bank, k)
     rough, ids = candidates(queries, bank, count)
     scores, ids = _first(_rescore(queries, bank, ids), ids, k)
     reach = rough.amin(dim=1) + _largest_error(queries, bank)
     open_ = (reach >= scores[:, -1]).nonzero().squeeze(1)
-    for some in open_.split(EXACT_QUERY_ROWS):
-        scores[some], ids[some] = _whole_pass(queries[some], bank, k)
+    if len(open_):
+        some = queries[open_]
+        scores[open_], ids[open_] = (
+            _whole_pass(some, bank, k) if again else _search(some, bank, k, again=True)
+        )
     return scores, ids
 
 

@@ -1,21 +1,24 @@
 """Fast float32 passes over a bank that name more candidates than are asked for; `exact` decides among them.
 
-Three kernels, because none is the fastest everywhere (200k × 256, one thread, queries per CPU second; faiss 1.15):
+On a CPU faiss, which has two ways: a scan, and blocks through BLAS. It takes BLAS only above 128,000 = queries × dim,
+far too late (200k × 256, one thread, queries per CPU second, faiss 1.15):
 
-| queries | faiss scan | torch, rows × queries | faiss BLAS |
-| 1       | 135        | 56                    | 57         |
-| 2–3     | 125        | 177–206               | 86–108     |
-| 4       | 136        | 308                   | 293        |
-| 8       | 137        | 338                   | 417        |
-| 64      | 136        | 437                   | 809        |
+| queries | scan | BLAS | torch, one product + topk |
+| 1       | 135  | 57   | 57                        |
+| 3       | 122  | 108  | 79                        |
+| 4       | 136  | 293  | 179                       |
+| 16      | 123  | 505  | 361                       |
+| 256     | 136  | 986  | 666                       |
 
-faiss itself would use BLAS only above 128,000 = queries × dim. `distance_compute_blas_threshold` is a global of the
-process: it is set for the length of one call, under a lock, and put back. Another thread that calls faiss just then
-gets the other kernel, so its scores may differ in the last bit; nothing else of it changes.
+`distance_compute_blas_threshold` is a global of the process: it is set for the length of one call, under a lock, and
+put back. Another thread that calls faiss just then gets the other way, so its scores may differ in the last bit;
+nothing else of it changes.
 
 faiss's thread count belongs to the calling thread. Fewer than 8 queries run on one thread (a team costs more than it
 brings); more use what the caller set, at most SLURM_CPUS_PER_TASK. Never fork after a search: faiss's thread team
 does not survive it, and the child hangs.
+
+On a GPU torch: a product and a topk a block.
 """
 
 from __future__ import annotations
@@ -28,11 +31,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from index.search.bank import BLOCK_ROWS, Bank
+from index.search.bank import Bank
 
-SCAN_QUERIES = 1  # up to here faiss without BLAS
-TALL_QUERIES = 4  # up to here torch, rows × queries; above faiss with BLAS
-TEAM_QUERIES = 8
+BLAS_QUERIES = 4  # from here on BLAS
+TEAM_QUERIES = 8  # from here on several threads
 CUDA_SCORES = 2**26  # scores held at once on a GPU: 256 MiB
 
 _threshold_lock = threading.Lock()
@@ -43,11 +45,9 @@ def candidates(queries: Tensor, bank: Bank, count: int) -> tuple[Tensor, Tensor]
 
     `count` ≤ bank.rows. Ties and last bits may fall either way.
     """
-    if bank.device.type != "cpu":
-        return _torch_pass(queries, bank, count, max(1024, CUDA_SCORES // len(queries)))
-    if SCAN_QUERIES < len(queries) <= TALL_QUERIES:
-        return _torch_pass(queries, bank, count, BLOCK_ROWS)
-    return _faiss_pass(queries, bank, count, blas=len(queries) > SCAN_QUERIES)
+    if bank.device.type == "cpu":
+        return _faiss_pass(queries, bank, count)
+    return _torch_pass(queries, bank, count)
 
 
 def merge(best: tuple[Tensor, Tensor] | None, new: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
@@ -59,21 +59,20 @@ def merge(best: tuple[Tensor, Tensor] | None, new: tuple[Tensor, Tensor], count:
     return scores, ids.gather(1, place)
 
 
-def _torch_pass(queries: Tensor, bank: Bank, count: int, rows: int) -> tuple[Tensor, Tensor]:
+def _torch_pass(queries: Tensor, bank: Bank, count: int) -> tuple[Tensor, Tensor]:
     best = None
-    for start, block in bank.blocks(rows):
-        scores = (block @ queries.T).T.contiguous() if len(queries) <= TALL_QUERIES else queries @ block.T
-        top, ids = scores.topk(min(count, len(block)), sorted=False)
+    for start, block in bank.blocks(max(1024, CUDA_SCORES // len(queries))):
+        top, ids = (queries @ block.T).topk(min(count, len(block)), sorted=False)
         best = merge(best, (top, ids + start), count)
     assert best is not None  # count ≥ 1 rows exist
     return best
 
 
-def _faiss_pass(queries: Tensor, bank: Bank, count: int, *, blas: bool) -> tuple[Tensor, Tensor]:
+def _faiss_pass(queries: Tensor, bank: Bank, count: int) -> tuple[Tensor, Tensor]:
     import faiss
 
     best = None
-    with _blas_threshold(blas), _threads(len(queries)):
+    with _blas(len(queries) >= BLAS_QUERIES), _threads(len(queries)):
         for start, run in bank.runs():
             top, ids = faiss.knn(
                 queries.numpy(), run.numpy(), min(count, len(run)), metric=faiss.METRIC_INNER_PRODUCT
@@ -84,12 +83,12 @@ def _faiss_pass(queries: Tensor, bank: Bank, count: int, *, blas: bool) -> tuple
 
 
 @contextlib.contextmanager
-def _blas_threshold(blas: bool) -> Iterator[None]:
+def _blas(wanted: bool) -> Iterator[None]:
     import faiss
 
     with _threshold_lock:
         before = faiss.cvar.distance_compute_blas_threshold
-        faiss.cvar.distance_compute_blas_threshold = 0 if blas else 2**31 - 1
+        faiss.cvar.distance_compute_blas_threshold = 0 if wanted else 2**31 - 1
         try:
             yield
         finally:

@@ -7,6 +7,7 @@ passes before the first real step. Buffer broadcast is off: it would overwrite w
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -19,6 +20,7 @@ from pretrain.backends.state import load_optimizer, optimizer_tensors
 from pretrain.checkpoint import Checkpoint, Fragment, slice_for_rank
 from pretrain.distributed.process import Process
 from pretrain.models.request import FeatureRequest
+from pretrain.objectives.base import at_least_fp32
 from pretrain.optim.adamw import build_adamw, set_lr
 from pretrain.recipe import Recipe
 
@@ -31,14 +33,7 @@ class DDP:
         self._process = process
         self._autocast_dtype = torch.bfloat16 if recipe.precision == "bf16" else None
         self._optimizer = build_adamw(dict(trunk.named_parameters()), recipe.optimizer)
-        self._wrapped: nn.Module = self.trunk
-        if process.world > 1:
-            self._wrapped = DistributedDataParallel(
-                self.trunk,
-                device_ids=[process.device.index] if process.device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
+        self._wrapped: nn.Module = _wrap(self.trunk, process.device) if process.world > 1 else self.trunk
 
     def micro_step(self, last: bool) -> AbstractContextManager:
         if last or not isinstance(self._wrapped, DistributedDataParallel):
@@ -48,7 +43,7 @@ class DDP:
     def forward(self, inputs: Inputs) -> dict[FeatureRequest, Tensor]:
         with torch.autocast(self._process.device.type, self._autocast_dtype, enabled=self._autocast_dtype is not None):
             features = self._wrapped(inputs)
-        return {request: feature.float() for request, feature in features.items()}
+        return {request: at_least_fp32(feature) for request, feature in features.items()}
 
     def backward(self, features: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         torch.autograd.backward(features, gradients)
@@ -88,3 +83,15 @@ class DDP:
 
     def describe(self) -> str:
         return f"{type(self._wrapped).__name__} on {self._process.world} x {self._process.device.type}"
+
+
+def _wrap(trunk: nn.Module, device: torch.device) -> DistributedDataParallel:
+    with warnings.catch_warnings():
+        # newer torch renames the option, older knows only this name
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+        return DistributedDataParallel(
+            trunk,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )

@@ -99,7 +99,7 @@ class Placed(NamedTuple):
 
 
 def encode_header(ranges: dict[str, tuple[str, int, int, int]], labels: dict[str, str]) -> bytes:
-    """The head of a safetensors file; `ranges`: key -> (dtype, elements, first byte of the data, last + 1)."""
+    """The head of a safetensors file; `ranges`: key -> (dtype, elements, first data byte, last + 1)."""
     table: dict[str, object] = {"__metadata__": labels}
     for key, (dtype, length, start, stop) in ranges.items():
         table[key] = {"dtype": dtype, "shape": [length], "data_offsets": [start, stop]}

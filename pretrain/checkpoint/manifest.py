@@ -110,7 +110,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Parse and check a manifest file. Raises CheckpointError if it is absent, damaged or of another format."""
+    """Parse and check a manifest. Raises CheckpointError if absent, damaged or of another format."""
     try:
         data = path.read_bytes()
     except FileNotFoundError as e:

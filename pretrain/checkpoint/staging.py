@@ -53,11 +53,16 @@ def plan_files(fragments: Sequence[Fragment], limit: int = FILE_LIMIT) -> list[l
     """
     files: list[list[Piece]] = [[]]
     place, seen = 0, set()
+    kinds: dict[str, tuple] = {}
     for f in sorted(fragments, key=lambda f: -f.dtype.itemsize):
         f.check()
         if (f.name, f.offset) in seen:
             raise CheckpointError(f"tensor {f.name!r}: the piece at element {f.offset} was given twice")
         seen.add((f.name, f.offset))
+        if kinds.setdefault(f.name, (f.dtype, f.shape)) != (f.dtype, f.shape):
+            raise CheckpointError(
+                f"tensor {f.name!r}: its pieces disagree: {kinds[f.name]}, {(f.dtype, f.shape)}"
+            )
         lo, length, size = 0, f.data.numel(), f.dtype.itemsize
         if length == 0 and f.numel == 0:
             files[-1].append(Piece(f, 0, 0, place))
@@ -84,7 +89,7 @@ class HostBuffers:
             self._buffer(i, pieces).zero_()
 
     def fill(self, files: Sequence[Sequence[Piece]]) -> list[Tensor]:
-        """Copy `files` to the host and wait for it: one uint8 tensor a file, its data section byte for byte."""
+        """Copy `files` to the host and wait for it: a uint8 tensor a file, its data section."""
         filled, devices = [], set()
         for i, pieces in enumerate(files):
             buffer = self._buffer(i, pieces)

@@ -1,9 +1,10 @@
 """The few collectives the package needs, on rows that may be ragged over ranks, on gloo and nccl alike.
 
-Rows of all ranks stand one after the other in rank order. Unequal row counts are padded to the longest and cut again,
-because neither backend moves ragged pieces in one call; equal counts pay nothing for it. All ranks of a group must
-make the same calls in the same order, a rank without rows too. Nothing here is differentiable: whoever needs a gradient
-states it in closed form. With one process every function returns at once and communicates nothing.
+Rows of all ranks stand one after the other in rank order. Unequal row counts are padded to the longest and
+cut again, because neither backend moves ragged pieces in one call; equal counts pay nothing for it. All ranks
+of a group must make the same calls in the same order, a rank without rows too. Nothing here is
+differentiable: whoever needs a gradient states it in closed form. With one process every function returns at
+once and communicates nothing.
 """
 
 from __future__ import annotations
@@ -53,13 +54,19 @@ def reduce_scatter_rows(x: Tensor, counts: Sequence[int], group: Group = None) -
     """
     process_group, rank, world = resolve(group)
     if sum(counts) != x.shape[0]:
-        raise ValueError(f"{x.shape[0]} rows to scatter, but the ranks' row counts {list(counts)} add up to {sum(counts)}")
+        raise ValueError(
+            f"{x.shape[0]} rows to scatter, but the ranks' row counts {list(counts)} add up to {sum(counts)}"
+        )
     if world == 1:
         return x
     longest = max(counts)
     mine = x.new_empty((longest, *x.shape[1:]))
     if mine.numel():
-        pieces = torch.cat([_pad(piece, longest) for piece in x.split(list(counts))]) if len(set(counts)) > 1 else x
+        pieces = (
+            torch.cat([_pad(piece, longest) for piece in x.split(list(counts))])
+            if len(set(counts)) > 1
+            else x
+        )
         dist.reduce_scatter_tensor(mine, pieces.contiguous(), group=process_group)
     return mine[: counts[rank]]
 
@@ -83,7 +90,9 @@ def _all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType, group: Group) -> Tensor:
 
 def _check_counts(counts: Sequence[int], world: int, rank: int, rows: int) -> None:
     if len(counts) != world or counts[rank] != rows:
-        raise ValueError(f"rank {rank} of {world} holds {rows} rows, but the row counts given are {list(counts)}")
+        raise ValueError(
+            f"rank {rank} of {world} holds {rows} rows, but the row counts given are {list(counts)}"
+        )
 
 
 def _pad(x: Tensor, rows: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Evaluate on all ranks: each takes a contiguous share of the rows, and the results come back whole.
 
-A share is computed from (n, rank, world) alone, so no rank has to tell another what it took, the rows are in their
-old order again after the gather, and there may be fewer rows than ranks. Padding is cut off inside: no dummy row ever
-reaches a metric. What is computed on the rows is the caller's.
+A share is computed from (n, rank, world) alone, so no rank has to tell another what it took, the rows are in
+their old order again after the gather, and there may be fewer rows than ranks. Padding is cut off inside: no
+dummy row ever reaches a metric. What is computed on the rows is the caller's.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Which ranks a function talks to: torch's default group, a group of its own, or nobody.
 
-Every function that communicates takes `group`: None means torch's default group when one is initialised and one
-process otherwise, a ProcessGroup means that group, LOCAL means never communicate. A sentinel, not a group of size one,
-because such a group would have to be made by all ranks together. Starting processes and making groups is not done here.
+Every function that communicates takes `group`: None means torch's default group when one is initialised and
+one process otherwise, a ProcessGroup means that group, LOCAL means never communicate. A sentinel, not a group
+of size one, because such a group would have to be made by all ranks together. Starting processes and making
+groups is not done here.
 """
 
 from __future__ import annotations

@@ -56,7 +56,9 @@ def check_accelerate(precision: str) -> None:
             )
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in ("no", precision):
-        raise UserError(f"accelerate asks for mixed_precision {asked}, the recipe for precision {precision}; make them equal")
+        raise UserError(
+            f"accelerate asks for mixed_precision {asked}, the recipe for precision {precision}; make them equal"
+        )
 
 
 @contextmanager

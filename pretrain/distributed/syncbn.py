@@ -1,12 +1,14 @@
 """BatchNorm over the global batch, on any backend that can all_reduce.
 
-torch's own SyncBatchNorm refuses CPU tensors, so what it computes could not be tested on gloo. Here each rank reduces
-its rows to (count, sum, sum of squares) a channel, one all_reduce in float64 makes them global, and the backward
-all_reduces the two sums that the gradient needs: exact for ragged local batches and for a rank without rows.
-Statistics are at least fp32. Gradients of weight and bias are this rank's share, as DDP expects them.
+torch's own SyncBatchNorm refuses CPU tensors, so what it computes could not be tested on gloo. Here each rank
+reduces its rows to (count, sum, sum of squares) a channel, one all_reduce in float64 makes them global, and
+the backward all_reduces the two sums that the gradient needs: exact for ragged local batches and for a rank
+without rows. Statistics are at least fp32. Gradients of weight and bias are this rank's share, as DDP expects
+them.
 
 A step that forwards a batch twice (cached features) must count it once: `frozen_statistics` does that.
-Not done here: choosing whether a recipe wants synchronised statistics; cumulative averages (momentum None) are kept.
+Not done here: choosing whether a recipe wants synchronised statistics; cumulative averages (momentum None)
+are kept.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from pretrain.distributed.groups import Group
 class SyncBatchNorm(_BatchNorm):
     """BatchNorm of (B, C) or (B, C, …) whose training statistics are those of all ranks' rows together.
 
-    Parameters and buffers have BatchNorm's names. Every rank must call it, forward and backward, in the same order.
-    `update_statistics = False` leaves running_mean, running_var and num_batches_tracked as they are.
+    Parameters and buffers have BatchNorm's names. Every rank must call it, forward and backward, in the same
+    order. `update_statistics = False` leaves running_mean, running_var and num_batches_tracked as they are.
     Double backward raises RuntimeError.
     """
 
@@ -46,7 +48,9 @@ class SyncBatchNorm(_BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2 or input.shape[1] != self.num_features:
-            raise ValueError(f"expected (B, {self.num_features}) or (B, {self.num_features}, …), got {tuple(input.shape)}")
+            raise ValueError(
+                f"expected (B, {self.num_features}) or (B, {self.num_features}, …), got {tuple(input.shape)}"
+            )
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
@@ -55,12 +59,14 @@ class SyncBatchNorm(_BatchNorm):
                 input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
             )
         output, mean, variance, count = _Normalise.apply(input, self.weight, self.bias, self.eps, self.group)
-        if self.training and self.track_running_stats and self.update_statistics:
+        if self.training and self.update_statistics:
             self._update(mean, variance, count)
         return output
 
     @torch.no_grad()
     def _update(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
         self.num_batches_tracked.add_(1)
         momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         unbiased = variance * (count / (count - 1).clamp(min=1))
@@ -81,10 +87,11 @@ class SyncBatchNormAct(SyncBatchNorm):
 
 
 def convert(module: nn.Module, group: Group = None) -> nn.Module:
-    """`module` with every BatchNorm (timm's BatchNormAct2d too) replaced; parameters and buffers stay the same objects.
+    """`module` with every BatchNorm replaced, timm's BatchNormAct2d (with its drop and act) too.
 
-    Children are replaced in place; use the returned module, since `module` itself may be a BatchNorm.
-    Raises TypeError at a BatchNorm of a kind not known here: left alone, it would silently not be synchronised.
+    Parameters and buffers stay the same objects, children are replaced in place; use the returned module, since
+    `module` itself may be a BatchNorm. Raises TypeError at a BatchNorm of a kind not known here, which would
+    silently not be synchronised.
     """
     if isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm):
         return _synchronised(module, group)
@@ -103,20 +110,22 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """
     synchronised = [(m, m.update_statistics) for m in module.modules() if isinstance(m, SyncBatchNorm)]
     plain = [m for m in module.modules() if isinstance(m, _BatchNorm) and not isinstance(m, SyncBatchNorm)]
-    before = [(m.momentum, None if m.num_batches_tracked is None else m.num_batches_tracked.clone()) for m in plain]
+    before = [
+        (m.momentum, None if m.num_batches_tracked is None else m.num_batches_tracked.clone()) for m in plain
+    ]
     try:
-        for m, _ in synchronised:
-            m.update_statistics = False
-        for m in plain:
-            m.momentum = 0.0
+        for sync, _ in synchronised:
+            sync.update_statistics = False
+        for norm in plain:
+            norm.momentum = 0.0
         yield
     finally:
-        for m, update in synchronised:
-            m.update_statistics = update
-        for m, (momentum, tracked) in zip(plain, before):
-            m.momentum = momentum
-            if tracked is not None:
-                m.num_batches_tracked.copy_(tracked)
+        for sync, update in synchronised:
+            sync.update_statistics = update
+        for norm, (momentum, tracked) in zip(plain, before):
+            norm.momentum = momentum
+            if tracked is not None and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.copy_(tracked)
 
 
 def _synchronised(old: _BatchNorm, group: Group) -> SyncBatchNorm:
@@ -128,7 +137,10 @@ def _synchronised(old: _BatchNorm, group: Group) -> SyncBatchNorm:
     elif type(old) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
         new = SyncBatchNorm(*settings, group=group)
     else:
-        raise TypeError(f"no synchronised form of {type(old).__qualname__} is known: use BatchNorm1d, 2d, 3d or BatchNormAct2d")
+        raise TypeError(
+            f"no synchronised form of {type(old).__qualname__} is known; "
+            "use BatchNorm1d, BatchNorm2d, BatchNorm3d or timm's BatchNormAct2d"
+        )
     for name in ("weight", "bias"):
         new.register_parameter(name, getattr(old, name))
     for name in ("running_mean", "running_var", "num_batches_tracked"):
@@ -163,19 +175,27 @@ class _Normalise(torch.autograd.Function):
         d_bias, d_weight = grad.sum(dims), (grad * unit).sum(dims)
         d_x = None
         if ctx.needs_input_grad[0]:
-            mean_grad, mean_grad_unit = all_reduce_sum(torch.stack([d_bias, d_weight]), ctx.group) / count.to(mean.dtype)
+            mean_grad, mean_grad_unit = all_reduce_sum(torch.stack([d_bias, d_weight]), ctx.group) / count.to(
+                mean.dtype
+            )
             factor = inverse if weight is None else inverse * weight.to(inverse.dtype)
             d_x = grad - _channels(mean_grad, x) - unit.mul_(_channels(mean_grad_unit, x))
             d_x = d_x.mul_(_channels(factor, x)).to(x.dtype)
         d_weight = None if weight is None else d_weight.to(weight.dtype)
-        return d_x, d_weight, (d_bias.to(weight.dtype) if ctx.has_bias and weight is not None else None), None, None
+        return (
+            d_x,
+            d_weight,
+            (d_bias.to(weight.dtype) if ctx.has_bias and weight is not None else None),
+            None,
+            None,
+        )
 
 
 def _global_moments(x: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     """(mean (C,), biased variance (C,), rows a channel (1,)) over all ranks.
 
-    Sums of squares are combined in float64, where mean² - E[x²] loses nothing that fp32 could hold; each rank's own
-    variance is computed around its own mean before that.
+    Sums of squares are combined in float64, where mean² - E[x²] loses nothing that fp32 could hold; each
+    rank's own variance is computed around its own mean before that.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     dims = [d for d in range(x.dim()) if d != 1]

@@ -1,8 +1,9 @@
 """Image towers: any timm model behind one interface, bytes in, pooled features and embedding out.
 
-timm has the architectures, tested and fast; this adds what a trainer needs around them: uint8 pixels normalised
-where the tower is, a projection into the shared space, tokens of inner blocks, CLIP's initialisation for CLIP's own
-architectures, and errors that name the recipe's key. It loads no weights (see `pretrain.weights`).
+timm has the architectures, tested and fast; this adds what a trainer needs around them: uint8 pixels
+normalised where the tower is, a projection into the shared space, tokens of inner blocks, CLIP's
+initialisation for CLIP's own architectures, and errors that name the recipe's key. It loads no weights (see
+`pretrain.weights`).
 """
 
 from __future__ import annotations
@@ -24,24 +25,26 @@ from pretrain.recipe import ModelRecipe
 class ImageTower(nn.Module):
     """A timm backbone and its projection to `embed_dim`.
 
-    CLIP's ResNets project inside their attention pool; every other tower gets a linear projection without bias.
+    CLIP's ResNets project inside their attention pool; others get a linear projection without bias.
     """
 
     def __init__(self, recipe: ModelRecipe) -> None:
         super().__init__()
         self.name, self.image_size = recipe.image, recipe.image_size
         self.mean, self.std = recipe.mean, recipe.std
-        self.backbone = _backbone(recipe)
+        self.backbone: Any = _backbone(recipe)  # timm's models share methods, not a type
         self.projection: nn.Linear | None = None
         if not _projects_itself(self.backbone):
             self.projection = nn.Linear(self.backbone.head_hidden_size, recipe.embed_dim, bias=False)
         init(self)
 
-    def forward(self, images: Tensor, outputs: Collection[str | int] = ("embedding",)) -> dict[str | int, Tensor]:
+    def forward(
+        self, images: Tensor, outputs: Collection[str | int] = ("embedding",)
+    ) -> dict[str | int, Tensor]:
         """(B, 3, S, S) uint8 -> the named outputs.
 
-        `embedding` (B, embed_dim), not of unit length; `pooled` (B, C) before the projection; a number n: the tokens
-        (B, L, width) of block n, class token first where there is one, before the final norm.
+        `embedding` (B, embed_dim), not of unit length; `pooled` (B, C) before the projection; a number n:
+        the tokens (B, L, width) of block n, class token first where there is one, before the final norm.
 
         Raises:
             UserError: images of a size the tower does not take, or a block it does not have.
@@ -60,12 +63,13 @@ class ImageTower(nn.Module):
         return found
 
     def _normalise(self, images: Tensor) -> Tensor:
-        """uint8 -> (x / 255 - mean) / std in fp32, then the tower's dtype; mean and std are no buffers, so that a
-        backend that casts the module to bf16 leaves them alone."""
+        """uint8 -> (x / 255 - mean) / std, computed in fp32, in the tower's dtype.
+
+        mean and std are no buffers: a backend that casts the module to bf16 would cast them too.
+        """
         scale = torch.tensor([1 / (255 * s) for s in self.std]).view(3, 1, 1)
         shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std)]).view(3, 1, 1)
-        to = {"device": images.device, "non_blocking": True}
-        x = torch.addcmul(shift.to(**to), images.float(), scale.to(**to))
+        x = torch.addcmul(shift.to(images.device), images.float(), scale.to(images.device))
         return x.to(next(self.backbone.parameters()).dtype)
 
     def _features(self, x: Tensor) -> Tensor:
@@ -79,15 +83,17 @@ class ImageTower(nn.Module):
 
     def _with_tokens(self, x: Tensor, layers: list[int]) -> tuple[Tensor, dict[str | int, Tensor]]:
         if not hasattr(self.backbone, "forward_intermediates"):
-            raise UserError(f"{self.name} cannot give the tokens of inner blocks (timm has no forward_intermediates)")
+            raise UserError(
+                f"{self.name} cannot give the tokens of inner blocks (timm has no forward_intermediates)"
+            )
+        backbone: Any = self.backbone
         try:
             if isinstance(self.backbone, VisionTransformer):
-                end, found = self.backbone.forward_intermediates(
-                    x, indices=layers, output_fmt="NLC", return_prefix_tokens=True
-                )
+                kind: dict[str, Any] = {"output_fmt": "NLC", "return_prefix_tokens": True}
+                end, found = backbone.forward_intermediates(x, indices=layers, **kind)
                 tokens = [torch.cat((prefix, patches), dim=1) for patches, prefix in found]
             else:
-                end, found = self.backbone.forward_intermediates(x, indices=layers)
+                end, found = backbone.forward_intermediates(x, indices=layers)
                 tokens = [m.flatten(2).transpose(1, 2) for m in found]
         except (AssertionError, IndexError) as error:
             raise UserError(f"{self.name} cannot give the tokens of blocks {layers}: {error}") from None
@@ -95,8 +101,9 @@ class ImageTower(nn.Module):
 
 
 def init(tower: ImageTower) -> None:
-    """CLIP's initialisation for CLIP's own towers (as open_clip, which draws blocks at torch's default); timm's own
-    for all others, with a projection of N(0, width^-1/2)."""
+    """CLIP's initialisation for CLIP's own towers, as open_clip has it (blocks at torch's default), timm's
+    for all others, and a projection of N(0, width^-1/2).
+    """
     if tower.projection is not None:
         nn.init.normal_(tower.projection.weight, std=tower.projection.in_features**-0.5)
     if "_clip" not in tower.name:
@@ -108,7 +115,7 @@ def init(tower: ImageTower) -> None:
 
 
 @torch.no_grad()
-def _init_vit(vit: VisionTransformer) -> None:
+def _init_vit(vit: Any) -> None:
     _reset(vit)
     nn.init.normal_(vit.cls_token, std=vit.embed_dim**-0.5)
     nn.init.normal_(vit.pos_embed, std=vit.embed_dim**-0.5)
@@ -119,7 +126,7 @@ def _init_vit(vit: VisionTransformer) -> None:
 
 
 @torch.no_grad()
-def _init_resnet(resnet: nn.Module) -> None:
+def _init_resnet(resnet: Any) -> None:
     _reset(resnet)
     pool = resnet.head
     for layer in (pool.q, pool.k, pool.v, pool.proj):
@@ -141,18 +148,20 @@ def _projects_itself(backbone: nn.Module) -> bool:
     return isinstance(getattr(backbone, "head", None), AttentionPool2d)
 
 
-def _backbone(recipe: ModelRecipe) -> nn.Module:
+def _backbone(recipe: ModelRecipe) -> Any:
     if not timm.is_model(recipe.image):
         near = difflib.get_close_matches(recipe.image, timm.list_models(), n=3)
         hint = f"; near: {', '.join(near)}" if near else "; timm.list_models() has the names"
         raise UserError(f"model.image: timm {timm.__version__} has no model {recipe.image!r}{hint}")
     kwargs = {"num_classes": 0, **_size(recipe), **_activation(recipe), **recipe.image_kwargs}
     try:
-        backbone = timm.create_model(recipe.image, pretrained=False, **kwargs)
+        backbone: Any = timm.create_model(recipe.image, pretrained=False, **kwargs)
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
-        raise UserError(f"model.image_kwargs: timm cannot build {recipe.image} with {kwargs}: {error}") from None
+        raise UserError(
+            f"model.image_kwargs: timm cannot build {recipe.image} with {kwargs}: {error}"
+        ) from None
     if _projects_itself(backbone):
-        backbone.reset_classifier(recipe.embed_dim)
+        backbone.reset_classifier(recipe.embed_dim)  # its projection, with a bias as CLIP's has
     return backbone
 
 
@@ -166,5 +175,7 @@ def _activation(recipe: ModelRecipe) -> dict[str, Any]:
     if not recipe.image.startswith("vit_"):
         return {}
     if "quickgelu" in recipe.image and recipe.activation != "quick_gelu":
-        raise UserError(f"model.activation is {recipe.activation}, but {recipe.image} has quick_gelu: set it so")
+        raise UserError(
+            f"model.activation is {recipe.activation}, but {recipe.image} has quick_gelu: set it so"
+        )
     return {"act_layer": recipe.activation} if recipe.activation == "quick_gelu" else {}

@@ -1,10 +1,11 @@
 """The causal text tower of CLIP, without the padding.
 
-Captions of 12 tokens in a context of 77 waste six sevenths of a tower that computes every place. Under causal
-attention nothing after the end-of-text token can reach it, so everything there is left out, exactly: layers that
-work token by token (embedding, norms, linear layers) see one packed (T, width) line of real tokens, attention alone
-sees the captions side by side, as wide as the batch's longest, and the last block is finished only at the
-end-of-text tokens that are pooled. The features equal those of the full context up to rounding.
+Captions of 12 tokens in a context of 77 waste six sevenths of a tower that computes every place. Under
+causal attention nothing after the end-of-text token can reach it, so everything there is left out, exactly:
+layers that work token by token (embedding, norms, linear layers) see one packed (T, width) line of real
+tokens, attention alone sees the captions side by side, as wide as the batch's longest, and the last block
+is finished only at the end-of-text tokens that are pooled. The features equal those of the full context up
+to rounding.
 
 It does not tokenize, and it does not normalise its features to unit length.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,8 +84,18 @@ class TextBlock(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
         self.drop = nn.Dropout(dropout)
 
+    def init(self, residual_std: float) -> None:
+        """CLIP's initialisation; biases of the MLP stay at torch's default, as in open_clip."""
+        width = self.qkv.in_features
+        nn.init.normal_(self.qkv.weight, std=width**-0.5)
+        nn.init.zeros_(self.qkv.bias)
+        nn.init.normal_(self.proj.weight, std=residual_std)
+        nn.init.zeros_(self.proj.bias)
+        nn.init.normal_(self.fc1.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(self.fc2.weight, std=residual_std)
+
     def forward(self, x: Tensor, packing: Packing, ends_only: bool = False) -> Tensor:
-        """(T, width) packed tokens -> (T, width), or (B, width) at the end-of-text tokens with `ends_only`."""
+        """(T, width) packed tokens -> (T, width); with `ends_only` (B, width) at the end-of-text tokens."""
         mixed = self._attend(packing.spread(self.qkv(self.norm1(x))))
         mixed = packing.gather(mixed)
         if ends_only:  # keys and values of the others are used above; nothing else of them is
@@ -107,27 +119,20 @@ class TextTower(nn.Module):
         self.token_embedding = nn.Embedding(recipe.vocab, recipe.width)
         self.positional_embedding = nn.Parameter(torch.empty(recipe.context, recipe.width))
         self.drop = nn.Dropout(recipe.dropout)
-        self.blocks = nn.ModuleList(
+        self.blocks: Any = nn.ModuleList(
             TextBlock(recipe.width, recipe.heads, activation, recipe.dropout) for _ in range(recipe.layers)
         )
         self.norm = nn.LayerNorm(recipe.width)
         self.projection = nn.Linear(recipe.width, embed_dim, bias=False)
         self.init()
 
-    @torch.no_grad()
     def init(self) -> None:
-        """CLIP's initialisation; biases of the MLP stay at torch's default, as in open_clip."""
-        width, layers = self.projection.in_features, len(self.blocks)
-        residual = width**-0.5 * (2 * layers) ** -0.5
+        """CLIP's initialisation (as in open_clip: the deeper, the smaller what a block adds at the start)."""
+        width = self.projection.in_features
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         for block in self.blocks:
-            nn.init.normal_(block.qkv.weight, std=width**-0.5)
-            nn.init.zeros_(block.qkv.bias)
-            nn.init.normal_(block.proj.weight, std=residual)
-            nn.init.zeros_(block.proj.bias)
-            nn.init.normal_(block.fc1.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.fc2.weight, std=residual)
+            block.init(width**-0.5 * (2 * len(self.blocks)) ** -0.5)
         nn.init.normal_(self.projection.weight, std=width**-0.5)
 
     def forward(self, tokens: Tensor, outputs: Collection[str] = ("embedding",)) -> dict[str, Tensor]:

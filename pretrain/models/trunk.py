@@ -1,8 +1,9 @@
-"""The trunk: an image tower and, unless the recipe has none, a text tower, run once for all that was requested.
+"""The trunk: an image tower and, where the recipe has one, a text tower, run once for all that is asked.
 
-It answers `FeatureRequest`s and knows nothing of objectives: no temperature, no heads, no loss. Views of one size go
-through a tower as one batch, so a step costs one pass a tower and size (and batch normalisation, where a tower has
-it, sees the views together). Everything goes through `forward`, as sharding backends demand.
+It answers `FeatureRequest`s and knows nothing of objectives: no temperature, no heads, no loss. Views of
+one size go through a tower as one batch, so a step costs one pass a tower and size (and batch
+normalisation, where a tower has it, sees the views together). Everything goes through `forward`, as
+sharding backends demand.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Trunk(nn.Module):
 
 
 def build_trunk(model: ModelRecipe, *, seed: int) -> Trunk:
-    """A trunk with the weights that `seed` names: the same on every machine, torch's own generator left as it was."""
+    """A trunk with the weights that `seed` names; torch's own generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Trunk(model)
@@ -72,7 +73,9 @@ def _by_shape(inputs: dict[FeatureRequest, Tensor]) -> Iterable[tuple[tuple, lis
 def _run(
     tower: Tower, requests: list[FeatureRequest], inputs: dict[FeatureRequest, Tensor]
 ) -> dict[FeatureRequest, Tensor]:
-    views = {request.view: inputs[request] for request in requests}  # each view once, however much is asked of it
+    views = {
+        request.view: inputs[request] for request in requests
+    }  # each view once, however much is asked of it
     wanted = {_output(request) for request in requests}
     found = tower(torch.cat(list(views.values())) if len(views) > 1 else inputs[requests[0]], wanted)
     rows = [len(x) for x in views.values()]

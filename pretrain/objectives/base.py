@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -31,6 +32,11 @@ class Loss:
     """Scalar: the global mean on every rank; its gradient is W x the local share."""
     signals: dict[str, Tensor | float] = field(default_factory=dict)
     """Named figures for the log, the same on every rank."""
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """`x`, or its fp32 copy when it is of lower precision; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class ObjectiveOptions(BaseModel):

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pretrain.models.request import FeatureRequest
-from pretrain.objectives.base import Features, Loss, Objective, ObjectiveOptions
+from pretrain.objectives.base import Features, Loss, Objective, ObjectiveOptions, at_least_fp32
 from pretrain.objectives.functional import clip_loss
 from pretrain.views.spec import ImageView, TextView
 
@@ -61,7 +61,7 @@ class Clip(Objective):
             image,
             text,
             self.logit_scale,
-            ids=batch.identity,
+            ids=batch.uid,
             weight=batch.weight,
             smoothing=self.options.smoothing,
             group=group,
@@ -72,8 +72,10 @@ class Clip(Objective):
         image, text = self._unit(features)
         logits = self.logit_scale.exp() * image @ text.T
         # equal ids and damaged rows are no negatives, as in clip_loss
-        same = batch.identity[:, None] == batch.identity[None]
-        absent = (same | (batch.weight == 0)[None]) & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
+        same = batch.uid[:, None] == batch.uid[None]
+        absent = (same | (batch.weight == 0)[None]) & ~torch.eye(
+            len(same), dtype=torch.bool, device=same.device
+        )
         logits_text = logits.T.masked_fill(absent, -torch.inf)
         logits = logits.masked_fill(absent, -torch.inf)
         target = torch.arange(len(logits), device=logits.device)
@@ -85,7 +87,7 @@ class Clip(Objective):
             self.logit_scale.clamp_(0, math.log(self.options.max_logit_scale))
 
     def _unit(self, features: Features) -> tuple[Tensor, Tensor]:
-        return tuple(F.normalize(features[r].float(), dim=-1) for r in (self.image, self.text))  # type: ignore[return-value]
+        return tuple(F.normalize(at_least_fp32(features[r]), dim=-1) for r in (self.image, self.text))  # type: ignore[return-value]
 
 
 OBJECTIVE = Clip

@@ -1,13 +1,15 @@
 """The contrastive score matrix, one tile at a time: what never lies in memory as a whole.
 
 T = s · x yᵀ has N² entries; only one tile (and one as scratch) lives at a time. Rows and columns take their
-log-sum-exp from the same tile, so a forward costs one matrix product and a backward three, where a dense loss that
-builds both T and Tᵀ costs six. The backward computes the tiles again from what the forward kept: vectors of length N.
+log-sum-exp from the same tile, so a forward costs one matrix product and a backward three, where a dense loss
+that builds both T and Tᵀ costs six. The backward computes the tiles again from what the forward kept: vectors
+of length N.
 
-Two ways to the same sums. Where |T| is bounded by what exp can hold, `exp(t - shift)` is taken once with one shift for
-all tiles and summed both ways: one exp a tile forward and one backward. Whether that lost anything is checked
-afterwards; where it did, and where the bound is too wide or not finite, every row and column is shifted by its own
-maximum instead. Nothing here communicates or knows of autograd, weights of zero or ranks: `functional.py` does.
+Two ways to the same sums. Where |T| is bounded by what exp can hold, `exp(t - shift)` is taken once with one
+shift for all tiles and summed both ways: one exp a tile forward and one backward. Whether that lost anything
+is checked afterwards; where it did, and where the bound is too wide or not finite, every row and column is
+shifted by its own maximum instead. Nothing here communicates or knows of autograd, weights of zero or ranks:
+`contrastive.py` does.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# dtype -> (largest exponent allowed, smallest log of a sum that has lost nothing), in logs. float32 holds exp(-87) to
-# exp(88): exp(64) leaves room for a sum of 10⁹ terms, and what underflows is below exp(-32) of a sum of exp(-55).
+# dtype -> (largest exponent allowed, smallest log of a sum that has lost nothing), in logs. float32 holds
+# exp(-87) to exp(88): exp(64) leaves room for a sum of 10⁹ terms, and what underflows is below exp(-32) of a
+# sum of exp(-55).
 EXPONENTS = {torch.float32: (64.0, -55.0), torch.float64: (512.0, -600.0)}
 
 
@@ -31,7 +34,7 @@ class Tile(NamedTuple):
     columns: slice
     scores: Tensor  # (h, w)
     excluded: Tensor | None  # (h, w) bool: pairs that are neither positives nor candidates
-    diagonal: int  # where the positives lie: scores.diagonal(diagonal), on rows first_positive onwards
+    diagonal: int  # where the positives lie: scores.diagonal(diagonal), on `positive_rows`
 
     @property
     def positives(self) -> Tensor:
@@ -45,7 +48,7 @@ class Tile(NamedTuple):
 
 
 class Normalisers(NamedTuple):
-    """What a pass over all tiles leaves: log-sum-exp of rows and columns, and the scores linear in the loss."""
+    """What a pass over all tiles leaves: log-sum-exp of rows and columns, and the linear part."""
 
     rows: Tensor  # (b,) over all columns
     columns: Tensor  # (N,) over this rank's rows only
@@ -67,7 +70,7 @@ class Scores:
     smooth: Tensor | None = None  # (N,) weight of a row's (and a column's) scores in label smoothing
 
     def tiles(self) -> Iterator[Tile]:
-        """All tiles, row block by row block; the scores of excluded pairs are left for the reader to overwrite."""
+        """All tiles, row block by row block; the scores of excluded pairs are still in them."""
         scratch = self.scratch()
         for rows in blocks(self.image.shape[0], self.tile):
             for columns in blocks(self.text.shape[0], self.tile):
@@ -117,23 +120,92 @@ def normalise(scores: Scores) -> Normalisers:
     return _merged(scores)
 
 
-def gradients(scores: Scores, rows: Tensor, columns: Tensor, shift: float | None, kept: float) -> tuple[Tensor, Tensor]:
-    """(Σ_j G_ij y_j (b, D), Σ_i G_ij x_i (N, D)) with G = e^(T - rows) + e^(T - columns) - 2·kept·weight·I - smoothing.
+def gradients(
+    scores: Scores, rows: Tensor, columns: Tensor, targets: Tensor, shift: float | None
+) -> tuple[Tensor, Tensor]:
+    """(G y (b, D), Gᵀ x (N, D)) with G = e^(T - rows) + e^(T - columns) - diag(targets) - smoothing.
 
-    `rows` (b,) and `columns` (N,) are global log-sum-exps less the log of the pair's weight, so that weights cost no
-    pass; `kept` is 1 - label smoothing. The factor s / (2 · total weight) is left to the caller.
+    `rows` (b,) and `columns` (N,) are global log-sum-exps less the log of the pair's weight, so that weights
+    cost no pass; `shift` is that of `normalise`. The factor s / (2 · total weight) is left to the caller.
     """
     d_image, d_text = torch.zeros_like(scores.image), torch.zeros_like(scores.text)
     scratch = scores.scratch()
-    weight = _weights(scores, rows, kept)
-    row_factor, column_factor = (rows, columns) if shift is None else ((shift - rows).exp(), (shift - columns).exp())
+    if shift is not None:
+        rows, columns = (shift - rows).exp(), (shift - columns).exp()
     for tile in scores.tiles():
         spare = _shaped(scratch, tile.rows, tile.columns)
         if shift is None:
-            _probabilities(tile, row_factor, column_factor, spare)
+            _probabilities(tile, rows, columns, spare)
         else:
-            _shifted_probabilities(tile, row_factor, column_factor, shift, spare)
-        _less_targets(tile, weight, scores, spare)
+            _shifted_probabilities(tile, rows, columns, shift, spare)
+        if scores.smooth is not None:
+            tile.scores.sub_(torch.add(*_outer(scores.smooth, scores.offset, tile), out=spare))
+        if tile.excluded is not None:
+            tile.scores.masked_fill_(tile.excluded, 0.0)
+        tile.positives.sub_(targets[tile.positive_rows])
         d_image[tile.rows].addmm_(tile.scores, scores.text[tile.columns])
         d_text[tile.columns].addmm_(tile.scores.T, scores.image[tile.rows])
     return d_image, d_text
+
+
+def _summed(scores: Scores, shift: float) -> Normalisers:
+    """Rows and columns by one exp a tile; right where no sum fell below the floor."""
+    found = _empty(scores, 0.0, shift)
+    for tile in scores.tiles():
+        _read_linear(scores, tile, found)
+        exponentials = (tile.scores.sub_(shift) if shift else tile.scores).exp_()
+        if tile.excluded is not None:
+            exponentials.masked_fill_(tile.excluded, 0.0)
+        found.rows[tile.rows] += exponentials.sum(1)
+        found.columns[tile.columns] += exponentials.sum(0)
+    return found._replace(rows=found.rows.log_().add_(shift), columns=found.columns.log_().add_(shift))
+
+
+def _merged(scores: Scores) -> Normalisers:
+    """Rows and columns each shifted by their own maximum, tile after tile: right for any finite scores."""
+    found = _empty(scores, -torch.inf, None)
+    for tile in scores.tiles():
+        _read_linear(scores, tile, found)
+        if tile.excluded is not None:
+            tile.scores.masked_fill_(tile.excluded, -torch.inf)
+        for normaliser, dim in ((found.rows[tile.rows], 1), (found.columns[tile.columns], 0)):
+            torch.logaddexp(normaliser, tile.scores.logsumexp(dim), out=normaliser)
+    return found
+
+
+def _shifted_probabilities(tile: Tile, rows: Tensor, columns: Tensor, shift: float, spare: Tensor) -> None:
+    """scores <- e^(scores - shift) · (rows_i + columns_j), by one exp."""
+    torch.add(rows[tile.rows, None], columns[tile.columns], out=spare)
+    (tile.scores.sub_(shift) if shift else tile.scores).exp_().mul_(spare)
+
+
+def _probabilities(tile: Tile, rows: Tensor, columns: Tensor, spare: Tensor) -> None:
+    """scores <- e^(scores - rows_i) + e^(scores - columns_j); no exponent is above the log of a weight."""
+    torch.sub(tile.scores, rows[tile.rows, None], out=spare).exp_()
+    tile.scores.sub_(columns[tile.columns]).exp_().add_(spare)
+
+
+def _read_linear(scores: Scores, tile: Tile, found: Normalisers) -> None:
+    """Keep the positives' scores, and for label smoothing the weighted sum of all candidates' scores."""
+    found.positives[tile.positive_rows] = tile.positives
+    if scores.smooth is not None:
+        kept = tile.scores if tile.excluded is None else tile.scores.masked_fill(tile.excluded, 0.0)
+        row_weight, column_weight = _outer(scores.smooth, scores.offset, tile)
+        found.smoothed.add_((kept @ column_weight).sum() + (row_weight[:, 0] @ kept).sum())
+
+
+def _outer(smooth: Tensor, offset: int, tile: Tile) -> tuple[Tensor, Tensor]:
+    """The smoothing weights of a tile's rows (h, 1) and columns (w,)."""
+    own = smooth[tile.rows.start + offset : tile.rows.stop + offset]
+    return own[:, None], smooth[tile.columns]
+
+
+def _empty(scores: Scores, value: float, shift: float | None) -> Normalisers:
+    new = scores.image.new_full
+    b, n = scores.image.shape[0], scores.text.shape[0]
+    return Normalisers(new((b,), value), new((n,), value), new((b,), 0.0), new((), 0.0), shift)
+
+
+def _shaped(scratch: Tensor, rows: slice, columns: slice) -> Tensor:
+    h, w = rows.stop - rows.start, columns.stop - columns.start
+    return scratch[: h * w].view(h, w)

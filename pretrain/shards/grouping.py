@@ -1,15 +1,17 @@
-"""From the members of a tar to its samples: webdataset's key rule, and what becomes of the samples beside damage.
+"""From the members of a tar to its samples: webdataset's key rule, and what becomes of the samples beside
+damage.
 
-A sample is a run of consecutive members of one key. The key is the name up to the first dot of its last part, the
-extension everything after it, lower-cased (`key.seg.png` -> ``seg.png``). Passed over as webdataset does: names without
-a dot, and ``__name__`` (shard metadata). Unlike there, hidden files (macOS's ``._x.jpg``) are no samples.
+A sample is a run of consecutive members of one key. The key is the name up to the first dot of its last part,
+the extension everything after it, lower-cased (`key.seg.png` -> ``seg.png``). Passed over as webdataset does:
+names without a dot, and ``__name__`` (shard metadata). Unlike there, hidden files (macOS's ``._x.jpg``) are
+no samples.
 
 Nothing else is dropped silently. Each of these is recorded with its key:
-- the same key again later in the shard: the first is kept (it is also what members of a sample that do not stand
-  together look like: make the tar from sorted names);
+- the same key again later in the shard: the first is kept (it is also what members of a sample that do not
+  stand together look like: make the tar from sorted names);
 - the same extension twice in a sample: the first is kept;
-- a sample at the edge of a damaged region that lacks an extension which this shard's samples commonly have: dropped,
-  since its missing half lay in the damage.
+- a sample at the edge of a damaged region that lacks an extension which this shard's samples commonly have:
+  dropped, since its missing half lay in the damage.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ class _Grouper:
         if self.parts is None:
             return
         if extension in self.parts:
-            self.samples.problems.append((key, f"a second .{extension} at byte {member.offset}: the first is kept"))
+            self.samples.problems.append(
+                (key, f"a second .{extension} at byte {member.offset}: the first is kept")
+            )
         else:
             self.parts[extension] = (member.offset, member.size)
 
@@ -76,7 +80,10 @@ class _Grouper:
         self.key = key
         if key in self.seen:
             self.parts = None
-            reason = "the key comes again: the first is kept (a sample's members must stand together: sort the names)"
+            reason = (
+                "the key comes again: the first is kept "
+                "(a sample's members must stand together: make the tar from sorted names)"
+            )
             self.samples.problems.append((key, reason))
             return
         self.seen.add(key)
@@ -104,7 +111,9 @@ class _Grouper:
         for i in sorted(self.edges):
             if missing := common - done.parts[i].keys():
                 drop[i] = f"dropped: its .{', .'.join(sorted(missing))} lay in the damage"
-        drop |= {i: "dropped: a member of it is lost" for i, key in enumerate(done.keys) if key in self.broken}
+        drop |= {
+            i: "dropped: a member of it is lost" for i, key in enumerate(done.keys) if key in self.broken
+        }
         done.problems += [(done.keys[i], reason) for i, reason in drop.items()]
         kept = [i for i in range(len(done.keys)) if i not in drop]
         return Samples([done.keys[i] for i in kept], [done.parts[i] for i in kept], done.problems)

@@ -1,14 +1,15 @@
 """The index of a shard: each sample's key and where its members lie, kept beside the tar.
 
-`000.tar` gets `000.tar.idx.npz`, plain numpy arrays (no pickle) with the tar's size and time of change, so that a tar
-that was written again is indexed again. Where the folder cannot be written to, the index goes to $POLYVIEW_CACHE
-(default ~/.cache/polyview); where nothing can be written, it is made anew at each start.
-A compressed tar has no places to point to and is refused: `python -m pretrain pack` unpacks it into shards.
+`000.tar` gets `000.tar.idx.npz`, plain numpy arrays (no pickle) with the tar's size and time of change, so
+that a tar that was written again is indexed again. Where the folder cannot be written to, the index goes to
+$POLYVIEW_CACHE (default ~/.cache/polyview); where nothing can be written, it is made anew at each start. A
+compressed tar has no places to point to and is refused: `python -m pretrain pack` unpacks it into shards.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import tempfile
 import zipfile
@@ -21,7 +22,7 @@ import numpy as np
 
 from pretrain.errors import UserError
 from pretrain.shards.grouping import Parts, Problem, Samples, group
-from pretrain.shards.tarwalk import walk
+from pretrain.shards.tarwalk import Gap, walk
 
 INDEX_VERSION = 1
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -64,15 +65,16 @@ class ShardIndex:
 
     def members(self, row: int) -> Parts:
         """``{extension: (offset, size)}`` of one sample; offsets count from the start of the tar."""
-        return self.block(row, row + 1)[0]
+        at = range(self._first[row], self._first[row + 1])
+        return {self.extensions[self._extension[i]]: (int(self._offset[i]), int(self._size[i])) for i in at}
 
     def block(self, lo: int, hi: int) -> list[Parts]:
-        """`members` of rows lo to hi - 1."""
+        """`members` of rows lo to hi - 1; several times cheaper than one by one."""
         ends = self._first[lo : hi + 1].tolist()
         a, b = ends[0], ends[-1]
         places = list(zip(self._offset[a:b].tolist(), self._size[a:b].tolist()))
         names = [self.extensions[code] for code in self._extension[a:b].tolist()]
-        return [dict(zip(names[i - a : j - a], places[i - a : j - a])) for i, j in zip(ends, ends[1:])]
+        return [dict(zip(names[i - a : j - a], places[i - a : j - a])) for i, j in itertools.pairwise(ends)]
 
     def span(self, lo: int, hi: int) -> tuple[int, int]:
         """Byte range of the tar that holds every member of rows lo to hi - 1; (0, 0) when there are none."""
@@ -81,11 +83,10 @@ class ShardIndex:
             return 0, 0
         return int(self._offset[a]), int(self._offset[b - 1] + self._size[b - 1])
 
-    @property
-    def sizes(self) -> np.ndarray:
-        """(n,) int64: bytes of each sample's members together."""
-        total = np.concatenate([[0], np.cumsum(self._size)])
-        return total[self._first[1:]] - total[self._first[:-1]]
+    def extension_counts(self) -> dict[str, int]:
+        """How many samples have each extension."""
+        counts = np.bincount(self._extension, minlength=len(self.extensions)).tolist()
+        return dict(zip(self.extensions, counts))
 
 
 def load_index(tar: Path | str) -> ShardIndex:
@@ -148,26 +149,33 @@ def _stamp(tar: Path) -> np.ndarray:
 def _arrays(tar: Path, stamp: np.ndarray) -> dict[str, np.ndarray]:
     """Walk the tar's headers; the arrays of `ShardIndex`, and `stamp` and `samples` for the sidecar."""
     try:
+        _refuse_compressed(tar)
         fd = os.open(tar, os.O_RDONLY)
+        try:
+            found = list(walk(fd, int(stamp[1])))
+        finally:
+            os.close(fd)
     except OSError as error:
         raise UserError(f"shard {tar} cannot be read: {error.strerror}") from error
-    try:
-        _refuse_compressed(tar, os.pread(fd, 8, 0))
-        samples = group(walk(fd, int(stamp[1])))
-    except OSError as error:
-        raise UserError(f"shard {tar} cannot be read: {error.strerror}") from error
-    finally:
-        os.close(fd)
+    if len(found) == 1 and isinstance(found[0], Gap) and found[0].start == 0:
+        raise UserError(f"shard {tar} is not a tar ({found[0].reason}): replace it, or leave it out")
+    samples = group(found)
     return _pack(samples) | {"stamp": stamp}
 
 
-def _refuse_compressed(tar: Path, start: bytes) -> None:
-    for magic, name in COMPRESSED.items():
-        if start.startswith(magic):
-            raise UserError(
-                f"{tar} is compressed ({name}): samples cannot be read out of its middle. "
-                f"Unpack it into shards: python -m pretrain pack {tar} --out FOLDER"
-            )
+def compression(path: Path) -> str | None:
+    """What a file is compressed with, by its first bytes; None when it is not."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+    return next((name for magic, name in COMPRESSED.items() if start.startswith(magic)), None)
+
+
+def _refuse_compressed(tar: Path) -> None:
+    if name := compression(tar):
+        raise UserError(
+            f"{tar} is compressed ({name}): samples cannot be read out of its middle. "
+            f"Unpack it into shards: python -m pretrain pack {tar} --out FOLDER"
+        )
 
 
 def _pack(samples: Samples) -> dict[str, np.ndarray]:
@@ -198,7 +206,9 @@ def _strings(text: np.ndarray) -> list[str]:
     return text.tobytes().decode().split("\0")[:-1]
 
 
-def _read(sidecar: Path, stamp: np.ndarray, only: Sequence[str] | None = None) -> dict[str, np.ndarray] | None:
+def _read(
+    sidecar: Path, stamp: np.ndarray, only: Sequence[str] | None = None
+) -> dict[str, np.ndarray] | None:
     """The sidecar's arrays, or None when it is absent, torn, or of another state of the tar."""
     try:
         with np.load(sidecar, allow_pickle=False) as stored:
@@ -214,18 +224,23 @@ def _fits(arrays: dict[str, np.ndarray], length: int) -> bool:
     """Whether every place lies inside the tar: a sidecar from elsewhere is not believed blindly."""
     ends = arrays["offset"] + arrays["size"]
     counts = arrays["first"]
-    inside = ends.size == 0 or (arrays["offset"].min() >= 0 and arrays["size"].min() >= 0 and ends.max() <= length)
-    return bool(inside and counts[0] == 0 and counts[-1] == ends.size and len(arrays["key_ends"]) == len(counts) - 1)
+    inside = ends.size == 0 or (
+        arrays["offset"].min() >= 0 and arrays["size"].min() >= 0 and ends.max() <= length
+    )
+    return bool(
+        inside and counts[0] == 0 and counts[-1] == ends.size and len(arrays["key_ends"]) == len(counts) - 1
+    )
 
 
 def _write(sidecar: Path, arrays: dict[str, np.ndarray]) -> bool:
-    """Write under a temporary name and rename, so that no reader sees half of it; False where one cannot write."""
+    """Write under a temporary name and rename, so that no reader sees half of it; False where one cannot
+    write."""
     temporary = None
     try:
         sidecar.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=sidecar.parent, prefix=".idx-", delete=False) as file:
             temporary = Path(file.name)
-            np.savez(file, **arrays)
+            np.savez(file, allow_pickle=False, **arrays)
         temporary.chmod(0o644)
         temporary.replace(sidecar)
         return True

@@ -1,9 +1,10 @@
 """Many shards as one line of samples: shard after shard, rows in file order, numbered from 0.
 
-Only the shards' lengths are held; the index of a shard is loaded when a sample of it is asked for, and the least
-recently used ones are let go, so that a source of 200,000 shards opens fast and stays small. Lengths come from the
-folder's `pack.json` (written by `python -m pretrain pack`, also for tars made elsewhere), else from the sidecars, else
-from the tars' headers. A length that no longer fits its shard is an error when that shard is first read.
+Only the shards' lengths are held; the index of a shard is loaded when a sample of it is asked for, and the
+least recently used ones are let go, so that a source of 200,000 shards opens fast and stays small. Lengths
+come from the folder's `pack.json` (written by `python -m pretrain pack`, also for tars made elsewhere), else
+from the sidecars, else from the tars' headers. A length that no longer fits its shard is an error when that
+shard is first read.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from __future__ import annotations
 import difflib
 import glob
 import json
+import logging
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,19 +28,25 @@ from pretrain.shards.index import ShardIndex, index_length, load_index
 
 SUMMARY = "pack.json"
 
+log = logging.getLogger(__name__)
+
 
 class Source:
     """Shards in their order. ``lengths[i]`` is the number of samples of ``shards[i]`` (0 is allowed).
 
-    Lengths already known are given as `noted`. Indexes of `cached` shards are kept; safe to use from several threads.
+    Lengths already known are given as `noted`. Indexes of `cached` shards are kept; safe to use from several
+    threads.
     """
 
     def __init__(self, shards: Sequence[Path], noted: Mapping[Path, int] | None = None, cached: int = 256):
         self.shards = [Path(shard) for shard in shards]
-        self.lengths: list[int] = _lengths(self.shards, noted or {})
+        self.lengths: list[int] = _lengths(
+            self.shards, noted_lengths(self.shards) if noted is None else noted
+        )
         self._ends = np.cumsum(self.lengths, dtype=np.int64)
         self._cached = cached
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._warned: set[Path] = set()
         self._lock = threading.Lock()
 
     @property
@@ -46,16 +54,20 @@ class Source:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shard number and row, each (b,) int64, of sample ids (b,) int64; IndexError for an id outside the line."""
+        """Shard number and row, each (b,) int64, of sample ids (b,) int64; IndexError for an id outside the
+        line."""
         ids = np.asarray(ids, np.int64)
         if ids.size and (ids.min() < 0 or ids.max() >= self.samples):
-            raise IndexError(f"sample ids from {ids.min()} to {ids.max()}: this source has 0 to {self.samples - 1}")
+            raise IndexError(
+                f"sample ids from {ids.min()} to {ids.max()}: this source has 0 to {self.samples - 1}"
+            )
         shard = np.searchsorted(self._ends, ids, side="right")
         starts = np.concatenate([[0], self._ends[:-1]]) if len(self._ends) else self._ends
         return shard, ids - starts[shard]
 
     def index(self, shard: int) -> ShardIndex:
-        """The index of ``shards[shard]``; UserError when the shard is gone or holds another number of samples."""
+        """The index of ``shards[shard]``; UserError when the shard is gone or holds another number of
+        samples."""
         with self._lock:
             if shard in self._indexes:
                 self._indexes.move_to_end(shard)
@@ -63,14 +75,24 @@ class Source:
         index = load_index(self.shards[shard])
         if len(index) != self.lengths[shard]:
             raise UserError(
-                f"{index.path} holds {len(index)} samples where {self.lengths[shard]} were noted: it has changed. "
-                f"Note it anew: python -m pretrain pack {index.path.parent}"
+                f"{index.path} holds {len(index)} samples where {self.lengths[shard]} were noted: "
+                f"it has changed. Note it anew: python -m pretrain pack {index.path.parent}"
             )
+        self._warn(index)
         with self._lock:
             self._indexes[shard] = index
             while len(self._indexes) > self._cached:
                 self._indexes.popitem(last=False)
         return index
+
+    def _warn(self, index: ShardIndex) -> None:
+        """Say once of a shard what of it is not read."""
+        if index.damage and index.path not in self._warned:
+            self._warned.add(index.path)
+            log.warning(
+                "%s is damaged in %d place(s), the rest is read: %s (all: python -m pretrain verify %s)",
+                *(index.path, len(index.damage), index.damage[0], index.path),
+            )
 
     def key(self, id: int) -> str:
         """The key of one sample."""
@@ -81,15 +103,14 @@ class Source:
 def open_source(spec: str | Path | Sequence[str | Path]) -> Source:
     """Open a folder of tars, a glob, a brace expression (`a-{000..009}.tar`), one tar, or a list of these.
 
-    In a folder the shards stand in the order of its `pack.json`, else by name with numbers counted as numbers.
-    Raises UserError naming what is missing and the nearest names there are.
+    In a folder the shards stand in the order of its `pack.json`, else by name with numbers counted as
+    numbers. Raises UserError naming what is missing and the nearest names there are.
     """
     specs = [spec] if isinstance(spec, str | Path) else list(spec)
     shards = [shard for one in specs for shard in expand_shards(str(one))]
     if not shards:
         raise UserError(f"no shards in {spec!r}: name a folder of *.tar, a glob, or a list of tars")
-    noted = {shard: n for one in specs if Path(one).is_dir() for shard, n in _noted(Path(one)).items()}
-    return Source(shards, noted)
+    return Source(shards, noted_lengths(shards, specs))
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
@@ -102,27 +123,33 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): write it anew: python -m pretrain pack {folder}") from error
+        raise UserError(
+            f"{path} is damaged ({error}): write it anew: python -m pretrain pack {folder}"
+        ) from error
     return summary
 
 
-def expand_shards(spec: str) -> list[Path]:
-    """The tars that one folder, glob, brace expression or name stands for, in order."""
+def expand_shards(spec: str, trust_summary: bool = True) -> list[Path]:
+    """The tars that one folder, glob, brace expression or name stands for, in order.
+
+    With `trust_summary` a folder's tars must be those its pack.json names; without, they are those that are
+    there.
+    """
     if "://" in spec or spec.startswith("pipe:"):
         raise UserError(f"{spec}: shards are read from local or mounted folders; copy them to one")
     if Path(spec).is_dir():
-        return _in_folder(Path(spec))
+        return _in_folder(Path(spec), trust_summary)
     if Path(spec).exists():
         return [Path(spec)]
     if "{" in spec:
-        from braceexpand import UnbalancedBracesError, braceexpand
+        from braceexpand import braceexpand
 
         try:
             expanded = list(braceexpand(spec))
-        except (UnbalancedBracesError, ValueError) as error:
+        except ValueError as error:
             raise UserError(f"{spec}: braces do not expand ({error})") from error
         if len(expanded) > 1:
-            return [shard for one in expanded for shard in expand_shards(one)]
+            return [shard for one in expanded for shard in expand_shards(one, trust_summary)]
         spec = expanded[0]
     if re.search(r"[*?\[]", spec):
         found = [Path(name) for name in glob.glob(spec, recursive=True)]
@@ -133,9 +160,9 @@ def expand_shards(spec: str) -> list[Path]:
     return [Path(spec)]
 
 
-def _in_folder(folder: Path) -> list[Path]:
+def _in_folder(folder: Path, trust_summary: bool) -> list[Path]:
     present = sorted(folder.glob("*.tar"), key=natural)
-    summary = read_summary(folder)
+    summary = read_summary(folder) if trust_summary else None
     if summary is not None:
         return _summarised(folder, summary, present)
     if not present:
@@ -175,20 +202,20 @@ def _nearest(missing: Path) -> str:
     return f"; nearest in {folder}: {', '.join(near)}" if near else f" (nothing like it in {folder})"
 
 
-def _noted(folder: Path) -> dict[Path, int]:
-    """Lengths that the folder's pack.json knows."""
-    summary = read_summary(folder) or {"shards": []}
-    return {folder / shard["name"]: int(shard["samples"]) for shard in summary["shards"]}
+def noted_lengths(shards: Iterable[Path], specs: Iterable[str | Path] = ()) -> dict[Path, int]:
+    """Lengths that pack.json knows: that of each shard's folder, and of each spec that is a folder."""
+    noted: dict[Path, int] = {}
+    folders = {shard.parent for shard in shards} | {Path(spec) for spec in specs if Path(spec).is_dir()}
+    for folder in folders:
+        for shard in (read_summary(folder) or {"shards": []})["shards"]:
+            noted[folder / shard["name"]] = int(shard["samples"])
+    return noted
 
 
-def _lengths(shards: list[Path], noted: Mapping[Path, int]) -> list[int]:
-    known = dict(noted)
-    for folder in {shard.parent for shard in shards if shard not in known}:
-        known |= _noted(folder)
+def _lengths(shards: list[Path], known: Mapping[Path, int]) -> list[int]:
+    known = dict(known)
     unknown = [shard for shard in shards if shard not in known]
-    if len(unknown) > 1:
+    if unknown:
         with ThreadPoolExecutor(8) as pool:
             known |= dict(zip(unknown, pool.map(index_length, unknown)))
-    elif unknown:
-        known[unknown[0]] = index_length(unknown[0])
     return [known[shard] for shard in shards]

@@ -1,13 +1,14 @@
 """Where every member of a tar lies, from its 512-byte headers alone.
 
-Only headers are read (a pread of a few kilobytes each), so an index of a shard costs microseconds a sample whatever
-the images weigh, about ten times less than `tarfile`, which builds an object a member and stops at the first damaged
-header. Here the walk goes on after damage at the next block that is a header beyond doubt ("ustar" magic and a right
-checksum) and says what it passed over.
+Only headers are read (a pread of a few kilobytes each), so an index of a shard costs microseconds a sample
+whatever the images weigh, several times less than `tarfile`, which builds an object a member and stops at
+the first damaged header. Here the walk goes on after damage at the next block that is a header beyond doubt
+("ustar" magic and a right checksum) and says what it passed over.
 
-Understood: ustar with its prefix field, GNU long names (L, K), pax headers (x, g: path and size), base-256 sizes, V7.
-Not understood, and reported as a gap: sparse members. Links, folders and devices have no bytes and are passed over.
-A nested tar inside a damaged region can lend its members to the shard: headers do not say whose they are.
+Understood: ustar with its prefix field, GNU long names (L, K), pax headers (x, g: path and size), base-256
+sizes, V7. Not understood, and reported as a gap: sparse members. Links, folders and devices have no bytes and
+are passed over. A nested tar inside a damaged region can lend its members to the shard: headers do not say
+whose they are.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ SCAN = 1 << 20  # read at once while looking for the next header after damage
 MAX_EXTENSION = 1 << 20  # longest long-name or pax block believed, bytes
 REGULAR = frozenset(b"\x000" + b"7")
 EXTENSIONS = frozenset(b"LKxgX")  # their bytes are about the next member
-BODILESS = frozenset(b"123456")  # hard link, symlink, character, block, folder, fifo: no data blocks whatever size says
+BODILESS = frozenset(
+    b"123456"
+)  # hard link, symlink, character, block, folder, fifo: no data blocks whatever size says
 
 
 class Member(NamedTuple):
@@ -36,7 +39,8 @@ class Member(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """Bytes ``start`` to ``stop`` that hold no member one can trust; `name` is the member they were of, if known."""
+    """Bytes ``start`` to ``stop`` that hold no member one can trust; `name` is the member they were of, if
+    known."""
 
     start: int
     stop: int
@@ -70,8 +74,8 @@ class _Window:
 def checksum_is_right(block: bytes) -> bool:
     """Whether the header's checksum fits: the sum of its bytes with the checksum field read as spaces.
 
-    adler32's low half is 1 + that sum modulo 65521, forty times faster than ``sum`` in Python. The sum of *signed*
-    bytes, which old Sun and NeXT tars wrote, is tried when the unsigned one does not fit.
+    adler32's low half is 1 + that sum modulo 65521, forty times faster than ``sum`` in Python. The sum of
+    *signed* bytes, which old Sun and NeXT tars wrote, is tried when the unsigned one does not fit.
     """
     try:
         stored = _octal(block[148:156])
@@ -217,8 +221,8 @@ def walk(fd: int, length: int) -> Iterator[Member | Gap]:
     """Members and gaps of the tar open at `fd`, `length` bytes long, in file order.
 
     Names are UTF-8; other bytes become ``\\xNN`` in plain text, so that every name can be printed and logged.
-    A whole tar gives no gap. One cut short ends in a gap; so does one without the end mark of zeros, which may be
-    cut at a member's edge.
+    A whole tar gives no gap. One cut short ends in a gap; so does one without the end mark of zeros, which
+    may be cut at a member's edge.
     """
     window, extensions = _Window(fd), _Extensions(fd)
     at = 0

@@ -1,8 +1,8 @@
 """Bytes of an image file -> RGB pixels, or a named reason why not.
 
-JPEG goes to simplejpeg (full decode, releases the GIL, pixels within rounding of Pillow's); whatever it does not
-take (CMYK and Adobe JPEG, files with recoverable errors, every other format, whatever the file is called) goes to
-Pillow. Rules, the same as open_clip's loader unless said:
+JPEG goes to simplejpeg (full decode, releases the GIL, pixels within rounding of Pillow's); whatever it does
+not take (CMYK and Adobe JPEG, files with recoverable errors, every other format, whatever the file is called)
+goes to Pillow. Rules, the same as open_clip's loader unless said:
 
 * colours as `Image.convert("RGB")`: grey is repeated, alpha is dropped (not composited), CMYK converted;
 * palettes are converted before any resize (open_clip resizes palette images by nearest neighbour first);
@@ -22,6 +22,8 @@ import simplejpeg
 from PIL import Image
 
 MAX_PIXELS = 50_000_000
+# what photographs come in; of the others that Pillow opens some run programs (EPS): data is not trusted
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 _JPEG = b"\xff\xd8\xff"
 _SIMPLE = ("YCbCr", "Gray")  # what libjpeg-turbo converts to RGB by itself; CMYK and YCCK are Pillow's
 
@@ -59,16 +61,20 @@ def _decode_jpeg(data: bytes | memoryview, max_pixels: int) -> np.ndarray | None
 
 def _decode_pillow(data: bytes | memoryview, max_pixels: int) -> np.ndarray:
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _refuse_bomb(*image.size, max_pixels)
             return np.array(_to_rgb(image))
     except Image.UnidentifiedImageError:
-        raise DamagedSample(f"not an image: {len(data)} bytes that begin {bytes(data[:8])!r}") from None
+        raise DamagedSample(
+            f"not an image of a known kind: {len(data)} bytes that begin {bytes(data[:8])!r}"
+        ) from None
     except Image.DecompressionBombError:
         raise DamagedSample(f"image bomb: more pixels than Pillow opens, max_pixels {max_pixels:,}") from None
     except (DamagedSample, MemoryError):
         raise
-    except Exception as error:  # Pillow's plug-ins raise OSError, SyntaxError, ValueError, struct.error and others
+    except (
+        Exception
+    ) as error:  # Pillow's plug-ins raise OSError, SyntaxError, ValueError, struct.error and others
         raise DamagedSample(f"image cannot be decoded: {error}") from error
 
 

@@ -1,11 +1,12 @@
 """Crops and resizes on uint8 pixels: given the random numbers, a pure function.
 
-torchvision's uint8 resize on a channels-last view of the decoded array (its SIMD path; no copy of the crop is made)
-is several times faster than Pillow's and, with the two passes in Pillow's order, within 0.01 of 255 in the mean. Normalisation to floats is not here:
-batches stay uint8 and are normalised on the device.
+torchvision's uint8 resize on a channels-last view of the decoded array (its SIMD path; no copy of the crop is
+made) is several times faster than Pillow's and, with the two passes in Pillow's order, within 0.01 of 255 in
+the mean. Normalisation to floats is not here: batches stay uint8 and are normalised on the device.
 
-The crop parameters have the distribution of torchvision's `RandomResizedCrop.get_params` (ten tries, then a centre
-crop), but come from uniforms that the caller draws, a fixed number a view, so that a crop can be made again.
+The crop parameters have the distribution of torchvision's `RandomResizedCrop.get_params` (ten tries, then a
+centre crop), but come from uniforms that the caller draws, a fixed number a view, so that a crop can be made
+again.
 """
 
 from __future__ import annotations
@@ -58,33 +59,42 @@ def _centre_box(height: int, width: int, ratio: tuple[float, float]) -> Box:
 def resize_box(image: np.ndarray, box: Box, size: int) -> torch.Tensor:
     """The box of an (H, W, 3) uint8 image, resized (bicubic, antialiased) to uint8 (3, size, size)."""
     crop = image[box.top : box.top + box.height, box.left : box.left + box.width]
-    pixels = torch.from_numpy(crop).permute(2, 0, 1)
-    if _rows_first(box, size):
-        pixels = _resize(pixels, [size, box.width])
-    return _resize(pixels, [size, size])
-
-
-def _rows_first(box: Box, size: int) -> bool:
-    """Whether Pillow 13 shrinks the height before the width (earlier ones and torch never do).
-
-    The passes round to whole levels in between, so their order shows: 0.25 of 255 in the mean, up to 10 at edges
-    where the bicubic overshoot is clipped. Measured on Pillow 13.0, all sizes from 20 to 700 pixels.
-    """
-    return box.height > size and box.height - size > 2 * (box.width - size)
-
-
-def _resize(pixels: torch.Tensor, size: list[int]) -> torch.Tensor:
-    return F.resize(pixels, size, InterpolationMode.BICUBIC, antialias=True)
+    return _resize(crop, size, size)
 
 
 def random_resized_crop(image: np.ndarray, view: ImageView, u: np.ndarray) -> torch.Tensor:
-    """One view of an (H, W, 3) uint8 image: contiguous uint8 (3, S, S); `u` holds `UNIFORMS` numbers in [0, 1)."""
-    crop = resize_box(image, crop_box(*image.shape[:2], view, u), view.size)
-    flipped = crop.flip(-1) if u[-1] < view.flip else crop
-    return flipped.contiguous()
+    """One view of an (H, W, 3) uint8 image: contiguous uint8 (3, S, S); `u` is (UNIFORMS,) in [0, 1)."""
+    pixels = resize_box(image, crop_box(image.shape[0], image.shape[1], view, u), view.size).numpy()
+    if u[-1] < view.flip:
+        pixels = pixels[:, :, ::-1]
+    # numpy copies in this thread; torch would wake a pool of its own in each of the reader's threads
+    return torch.from_numpy(np.ascontiguousarray(pixels))
 
 
 def eval_crop(image: np.ndarray, size: int) -> torch.Tensor:
     """open_clip's evaluation view: shortest side to `size` (bicubic), centre crop; contiguous uint8 (3, S, S)."""
+    height, width, _ = image.shape
+    short = min(height, width)
+    resized = _resize(image, int(size * height / short), int(size * width / short))
+    return F.center_crop(resized, [size, size]).contiguous()
+
+
+def _resize(image: np.ndarray, height: int, width: int) -> torch.Tensor:
+    """(H, W, 3) -> (3, height, width) uint8, the two passes in the order Pillow 13 takes them."""
     pixels = torch.from_numpy(image).permute(2, 0, 1)
-    return F.center_crop(_resize(pixels, [size]), [size, size]).contiguous()
+    if _height_first(image, height, width):
+        pixels = _bicubic(pixels, height, image.shape[1])
+    return _bicubic(pixels, height, width)
+
+
+def _height_first(image: np.ndarray, height: int, width: int) -> bool:
+    """Whether Pillow 13 shrinks the height before the width; earlier ones and torch never do.
+
+    The passes round to whole levels in between, so their order shows: 0.25 of 255 in the mean, up to 10 at
+    edges where bicubic overshoot is clipped. The rule was found by measurement (1,496 random sizes, no miss).
+    """
+    return image.shape[0] > height and image.shape[0] - height > 2 * (image.shape[1] - width)
+
+
+def _bicubic(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    return F.resize(pixels, [height, width], InterpolationMode.BICUBIC, antialias=True)

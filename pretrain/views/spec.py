@@ -1,8 +1,9 @@
 """What an objective asks of a sample: crops of its image, one of its captions.
 
-A view is a request, not code: the reader makes the union of what all objectives ask for, decodes the image once
-and cuts every crop from it. A view's random numbers are keyed by its name, so adding a view never changes
-another one's crops. Photometric changes (jitter, grey, blur) are not here: they run batched on the device.
+A view is a request, not code: the reader makes the union of what all objectives ask for, decodes the image
+once and cuts every crop from it. A view's random numbers are keyed by its name, so adding a view never
+changes another one's crops. Photometric changes (jitter, grey, blur) are not here: they run batched on the
+device.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from dataclasses import dataclass
 class ImageView:
     """One random resized crop of the image, `size` x `size` pixels, uint8.
 
-    `scale` is the share of the image's area the crop covers, `ratio` its width : height, `flip` the chance of a
-    left-right flip. The defaults are open_clip's training crop.
+    `scale` is the share of the image's area the crop covers, `ratio` its width : height, `flip` the chance of
+    a left-right flip. The defaults are open_clip's training crop.
     """
 
     name: str
@@ -28,9 +29,13 @@ class ImageView:
         if self.size < 1:
             raise ValueError(f"view {self.name!r}: size {self.size} must be at least 1 pixel")
         if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"view {self.name!r}: scale {self.scale} must be (low, high) with 0 < low <= high")
+            raise ValueError(
+                f"view {self.name!r}: scale {self.scale} must be (low, high) with 0 < low <= high"
+            )
         if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"view {self.name!r}: ratio {self.ratio} must be (low, high) with 0 < low <= high")
+            raise ValueError(
+                f"view {self.name!r}: ratio {self.ratio} must be (low, high) with 0 < low <= high"
+            )
         if not 0 <= self.flip <= 1:
             raise ValueError(f"view {self.name!r}: flip {self.flip} must be a chance between 0 and 1")
 

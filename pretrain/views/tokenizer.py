@@ -1,9 +1,11 @@
 """CLIP's byte-pair tokenizer over the vocabulary file that open_clip_torch ships.
 
-Token for token the same as `open_clip.tokenizer.SimpleTokenizer` (Radford et al. 2021), which keeps every word it
-ever saw: on a web-scale run that cache only grows. Here the words and the captions are kept in bounded LRU caches
-(captions as two bytes a token), plain ASCII skips ftfy (which leaves such text as it is), and open_clip, torch's
-heaviest importer, is not imported: only its vocabulary file is read. No decoding back to text, no other vocabulary.
+Token for token the same as `open_clip.tokenizer.SimpleTokenizer` (Radford et al. 2021), which keeps every
+word it ever saw: on a web-scale run that cache only grows. Here the words and the captions are kept in
+bounded LRU caches (captions as two bytes a token), plain ASCII skips ftfy (which leaves such text as it is),
+and
+of open_clip only the vocabulary file is read (importing it costs a third of a second). No decoding back to
+text, no other vocabulary.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import importlib.util
 from array import array
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import ftfy
@@ -45,7 +48,9 @@ class ClipTokenizer:
 
     def __init__(self, context: int = 77, *, cached: int = 16384) -> None:
         if context < 2:
-            raise ValueError(f"context {context} leaves no room for the start and end tokens; give at least 2")
+            raise ValueError(
+                f"context {context} leaves no room for the start and end tokens; give at least 2"
+            )
         self.context = context
         self._vocabulary = _vocabulary_path().read_bytes()
         self._letters = _byte_letters()
@@ -85,7 +90,7 @@ class ClipTokenizer:
     def _merge(self, pieces: list[str]) -> list[str]:
         """Join the best-ranked neighbouring pair, everywhere, until no pair has a rank."""
         while len(pieces) > 1:
-            best = min(zip(pieces, pieces[1:]), key=self._rank)
+            best = min(pairwise(pieces), key=self._rank)
             if best not in self._ranks:
                 break
             pieces = _join(pieces, best)
@@ -126,11 +131,15 @@ def _vocabulary_path() -> Path:
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (path := Path(folder) / VOCABULARY).is_file():
             return path
-    raise UserError(f"the tokenizer's vocabulary {VOCABULARY} was not found; install it: pip install open_clip_torch")
+    raise UserError(
+        f"the tokenizer's vocabulary {VOCABULARY} was not found; install it: pip install open_clip_torch"
+    )
 
 
 def _byte_letters() -> dict[int, str]:
-    """Every byte as a visible letter, in the order of the vocabulary: printable bytes first, the rest from 256 on."""
+    """Every byte as a visible letter, in the order of the vocabulary: printable bytes first, the rest from
+    256 on.
+    """
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]
     letters = {byte: chr(byte) for byte in visible}
@@ -141,5 +150,9 @@ def _read_vocabulary(file: bytes, letters: list[str]) -> tuple[dict[tuple[str, s
     """Rank of every merge and id of every piece."""
     lines = gzip.decompress(file).decode("utf-8").split("\n")
     merges = [(first, second) for first, second in map(str.split, lines[1 : VOCAB_SIZE - 2 - 512 + 1])]
-    pieces = [*letters, *(letter + "</w>" for letter in letters), *(first + second for first, second in merges)]
+    pieces = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        *(first + second for first, second in merges),
+    ]
     return {pair: rank for rank, pair in enumerate(merges)}, {piece: i for i, piece in enumerate(pieces)}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,8 +28,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: no such weight file")
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _read_torch(path)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # torch's restricted unpickler fails with whatever a foreign byte leads it to
+        why = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{path} cannot be read as weights: {type(error).__name__}: {why}") from error
     return _unwrap(content, path)
 
 
@@ -40,10 +39,14 @@ def _read_torch(path: Path) -> Any:
 
 
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
-    wrapper = next((w for w in WRAPPERS if isinstance(content, Mapping) and isinstance(content.get(w), Mapping)), None)
+    wrapper = next(
+        (w for w in WRAPPERS if isinstance(content, Mapping) and isinstance(content.get(w), Mapping)), None
+    )
     named = content[wrapper] if wrapper else content
     if not isinstance(named, Mapping) or not named or not all(isinstance(t, Tensor) for t in named.values()):
-        raise UserError(f"{path} holds no named tensors; expected a state dict, or one under {', '.join(WRAPPERS)}")
+        raise UserError(
+            f"{path} holds no named tensors; expected a state dict, or one under {', '.join(WRAPPERS)}"
+        )
     if all(name.startswith("module.") for name in named):
         named = {name.removeprefix("module."): t for name, t in named.items()}
     return dict(named)

@@ -1,14 +1,14 @@
 """Foreign names for our tensors: one table a family, read in both directions.
 
-A rule pairs our name with theirs; `{}` stands for a block's number or a tensor's last word. The rules are expanded
-over the names our trunk really has, so that a missing, unexpected or misshapen tensor is found by name, all at once,
-before anything is copied.
+A rule pairs our name with theirs; `{}` stands for a block's number or a tensor's last word. The rules are
+expanded over the names our trunk really has, so that a missing, unexpected or misshapen tensor is found by
+name, all at once, before anything is copied.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ class Rule:
     ours: str
     theirs: str
     layout: str = "same"
-    """`same`; `transpose`: their matrix is ours transposed; `lead N`: ours has N leading dimensions of size 1 more."""
+    """`same`; `transpose`: their matrix is ours transposed; `lead N`: ours has N more dimensions."""
 
     def match(self, name: str) -> str | None:
         """Their name for our `name`, or None when the rule is about another tensor."""
@@ -74,7 +74,9 @@ def load(
     """
     own = module.state_dict()
     wanted = {theirs: rule.to_theirs(own[ours]) for ours, (theirs, rule) in names.items()}
-    differ = differences({n: tuple(t.shape) for n, t in wanted.items()}, {n: tuple(t.shape) for n, t in foreign.items()})
+    differ = differences(
+        {n: tuple(t.shape) for n, t in wanted.items()}, {n: tuple(t.shape) for n, t in foreign.items()}
+    )
     if differ:
         raise UserError(f"{where} does not fit this model:\n{differ}\nchoose the model it was made with")
     for ours, (theirs, rule) in names.items():

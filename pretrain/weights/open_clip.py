@@ -1,7 +1,8 @@
-"""open_clip's weights (and OpenAI's, which share its names), in and out: ResNets and ViTs with the standard text tower.
+"""open_clip's weights, in and out: CLIP's ResNets and ViTs with the standard text tower.
 
-Both ways go through one table of names, so what is read can be written back and loads `strict=True` there. Features
-are equal to rounding; the temperature is no part of a trunk and travels beside it.
+OpenAI's own weights have the same names. Both ways go through one table of names, so what is read can be
+written back and loads `strict=True` there. Features are equal to rounding; the temperature is no part of a
+trunk and travels beside it.
 """
 
 from __future__ import annotations
@@ -73,9 +74,20 @@ TEXT = (
     Rule("text.norm.{}", "ln_final.{}"),
     Rule("text.projection.weight", "text_projection", "transpose"),
 )
-BESIDE = {"logit_scale", "attn_mask", "input_resolution", "context_length", "vocab_size"}  # no weights of a trunk
+BESIDE = {
+    "logit_scale",
+    "attn_mask",
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+}  # no weights of a trunk
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 
-TOWERS = {"RN50": "resnet50_clip", "ViT-B-32": "vit_base_patch32_clip_224", "ViT-B-16": "vit_base_patch16_clip_224"}
+TOWERS = {
+    "RN50": "resnet50_clip",
+    "ViT-B-32": "vit_base_patch32_clip_224",
+    "ViT-B-16": "vit_base_patch16_clip_224",
+}
 
 
 def model_recipe(name: str) -> ModelRecipe:
@@ -86,7 +98,9 @@ def model_recipe(name: str) -> ModelRecipe:
     """
     base = name.removesuffix("-quickgelu")
     if base not in TOWERS:
-        raise UserError(f"no recipe for open_clip's {name!r}; known: {', '.join(TOWERS)}, each also with -quickgelu")
+        raise UserError(
+            f"no recipe for open_clip's {name!r}; known: {', '.join(TOWERS)}, each also with -quickgelu"
+        )
     return ModelRecipe(
         image=TOWERS[base],
         embed_dim=1024 if base == "RN50" else 512,
@@ -108,10 +122,10 @@ def load_open_clip(trunk: Trunk, weights: Mapping[str, Tensor] | str | Path) -> 
     scale = named.get("logit_scale")
     towers = {_flat(name): t for name, t in named.items() if name not in BESIDE}
     load(trunk, towers, _names(trunk), where)
-    return None if scale is None else scale.detach().float().reshape(1)
+    return None if scale is None else scale.detach().float().reshape(1).clone()
 
 
-def to_open_clip(trunk: Trunk, logit_scale: Tensor | float = math.log(1 / 0.07)) -> dict[str, Tensor]:
+def to_open_clip(trunk: Trunk, logit_scale: Tensor | float = INITIAL_LOGIT_SCALE) -> dict[str, Tensor]:
     """The trunk as open_clip's CLIP class loads it, `strict=True`; tensors are copies on the CPU.
 
     `logit_scale` (the log of the scale) is the objective's; without it CLIP's initial value is written.
@@ -124,7 +138,9 @@ def to_open_clip(trunk: Trunk, logit_scale: Tensor | float = math.log(1 / 0.07))
         theirs: rule.to_theirs(own[ours]).detach().cpu().clone(memory_format=torch.contiguous_format)
         for ours, (theirs, rule) in _names(trunk).items()
     }
-    return found | {"logit_scale": torch.as_tensor(logit_scale, dtype=torch.float32).detach().cpu().reshape(())}
+    return found | {
+        "logit_scale": torch.as_tensor(logit_scale, dtype=torch.float32).detach().cpu().reshape(())
+    }
 
 
 def _names(trunk: Trunk) -> dict[str, tuple[str, Rule]]:
@@ -134,7 +150,9 @@ def _names(trunk: Trunk) -> dict[str, tuple[str, Rule]]:
     try:
         return table(trunk.state_dict(), rules + TEXT)
     except KeyError as name:
-        raise UserError(f"{trunk.image.name} is no tower of open_clip's: it has {name}, which open_clip has not") from None
+        raise UserError(
+            f"{trunk.image.name} is no tower of open_clip's: it has {name}, which open_clip has not"
+        ) from None
 
 
 def _flat(name: str) -> str:

@@ -1,0 +1,99 @@
+"""The encoder an evaluation is of: a checkpoint's, or its architecture before any training.
+
+`Encoder` answers with unit embeddings; the kNN protocol wants what lies before the projection. So the trunk is kept
+at hand here and asked for either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import Tensor
+
+from downstream.results import UNTRAINED
+from pretrain.checkpoint import Checkpoint, find_latest, open_checkpoint
+from pretrain.encoder import Encoder, load_trunk
+from pretrain.errors import UserError
+from pretrain.models.request import FeatureRequest
+from pretrain.models.trunk import Trunk, build_trunk
+from pretrain.recipe import ModelRecipe
+
+Output = Literal["embedding", "pooled"]
+
+
+@dataclass
+class Weights:
+    """An encoder, what it is called in a result, and where it comes from."""
+
+    encoder: Encoder
+    trunk: Trunk
+    name: str
+    run: str
+    step: int
+    untrained: bool
+
+    @torch.inference_mode()
+    def image_features(self, images: Tensor, output: Output) -> Tensor:
+        """(B, 3, S, S) uint8 -> (B, D) float32 unit rows on the encoder's device: embedding, or pooled before it."""
+        request = FeatureRequest("image", "image", output)
+        features = self.trunk({request: images.to(self.encoder.device)})[request]
+        return F.normalize(features.float(), dim=-1)
+
+    def width(self, output: Output) -> int:
+        """D of `image_features`; asked of the tower itself for what lies before the projection."""
+        if output == "embedding":
+            return self.encoder.dim
+        size = self.encoder.image_size
+        return self.image_features(torch.zeros(1, 3, size, size, dtype=torch.uint8), output).shape[1]
+
+    def origin(self) -> dict[str, Any]:
+        """What a result says of the weights it is of."""
+        role = "untrained" if self.untrained else "trained"
+        return {"run": self.run, "step": self.step, "role": role, "fingerprint": self.encoder.fingerprint}
+
+
+def open_weights(path: Path, *, untrained: bool, device: str = "auto", name: str | None = None) -> Weights:
+    """The encoder of a run folder (its newest whole checkpoint), a checkpoints folder, or one step's folder.
+
+    `untrained`: the same architecture with the weights the run began with (recipe and seed are the checkpoint's).
+    `name`: what the result calls it; else "RUN@step_00000100" or "untrained".
+
+    Raises:
+        UserError: no whole checkpoint there, or it does not say which model it holds.
+    """
+    checkpoint = _find(path)
+    recipe = checkpoint.meta.get("recipe", {})
+    try:
+        model = ModelRecipe.model_validate(recipe["model"])
+    except (KeyError, TypeError, ValidationError) as error:
+        raise UserError(
+            f"{checkpoint.path} does not say which model it holds (meta recipe.model: {error})"
+        ) from None
+    trunk = build_trunk(model, seed=recipe.get("seed", 0))
+    if not untrained:
+        load_trunk(trunk, checkpoint)
+    run = str(recipe.get("name", path.resolve().name))
+    called = name or (UNTRAINED if untrained else f"{run}@{checkpoint.path.name}")
+    step = 0 if untrained else checkpoint.step
+    return Weights(Encoder(trunk, model, device=device), trunk, called, run, step, untrained)
+
+
+def _find(path: Path) -> Checkpoint:
+    if not path.is_dir():
+        raise UserError(
+            f"{path}: no such folder; give a run folder, its checkpoints folder, or one step's folder"
+        )
+    if path.name.startswith("step_") or (path / "manifest.json").is_file():
+        return open_checkpoint(path)
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = find_latest(root)
+    if found is None:
+        raise UserError(
+            f"{path} holds no whole checkpoint; give a run folder, its checkpoints folder, or one step's"
+        )
+    return found

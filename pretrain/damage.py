@@ -1,0 +1,56 @@
+"""How much damage a run puts up with: damaged samples are told one by one, and too large a share stops the
+run.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from pretrain.batch import Batch
+from pretrain.errors import UserError
+
+FIRST_ROWS = 1000  # the share is taken of at least this many rows, so that one bad sample early stops no run
+SHOWN = 10
+
+
+class DamageWatch:
+    """Counts the damaged rows of the batches shown to it, in order; the same batches always stop at the same
+    one.
+
+    `on_damage` gets a dict a row: step, row, source, id, shard, key, reason.
+    """
+
+    def __init__(self, max_share: float, on_damage: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self._max_share = max_share
+        self._on_damage = on_damage
+        self._rows = 0
+        self._seen: Counter[tuple[str, str, str]] = Counter()  # (shard, key, reason) -> times
+
+    def show(self, batch: Batch) -> None:
+        """Tell and count the batch's damage; UserError with a list once it is too much."""
+        self._rows += len(batch)
+        for damage in batch.damaged:
+            self._seen[damage["shard"], damage["key"], damage["reason"]] += 1
+            if self._on_damage:
+                self._on_damage(damage)
+        if self._seen.total() > self._max_share * max(self._rows, FIRST_ROWS):
+            raise UserError(self._message())
+
+    def _message(self) -> str:
+        times, shards = self._seen.total(), Counter[str]()
+        for (shard, _, _), n in self._seen.items():
+            shards[shard] += n
+        worst = sorted(self._seen, key=lambda sample: (-shards[sample[0]], sample))[:SHOWN]
+        lines = [f"  {shard}: {key}: {reason}" for shard, key, reason in worst]
+        more = len(self._seen) - len(lines)
+        return "\n".join(
+            [
+                f"{times} of {self._rows} rows read by this rank are damaged, more than max_damaged = "
+                f"{self._max_share:g} allows. Samples of the worst shards:",
+                *lines,
+                *([f"  and {more} more"] if more > 0 else []),
+                "Mend or leave out these shards, or raise max_damaged",
+            ]
+        )

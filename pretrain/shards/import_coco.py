@@ -1,0 +1,111 @@
+"""COCO annotations: captions into `.txt`, boxes and category names into `.json`.
+
+`.json` holds image_id, width, height, boxes ([[x, y, w, h], …] in pixels) and names (one a box). Crowd
+annotations (iscrowd = 1: one box around many) are left out, as are boxes without area. Segmentations are not
+kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from pretrain.errors import UserError
+from pretrain.shards.entries import Entry, Listing, Ref, Skip, caption_lines, caption_problem, json_bytes
+
+
+def list_coco(path: Path, *, images: Path | None = None, instances: Path | None = None) -> Listing:
+    """`path`: captions_X.json or instances_X.json. The other of the two, and the image folder, are looked for
+    where COCO keeps them (beside it, and in ../X) unless given."""
+    captions = path if not path.name.startswith("instances_") else _beside(path, "captions_")
+    instances = instances or (path if captions != path else _beside(path, "instances_"))
+    split = path.stem.partition("_")[2]
+    images = images or path.parent.parent / split
+    if not images.is_dir():
+        raise UserError(f"no image folder {images}: name it with --images")
+    try:
+        return _listing(_load(captions), _load(instances), images)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} does not have COCO's form ({type(error).__name__}: {error})") from error
+
+
+def find_annotations(folder: Path, subdir: str | None) -> Path:
+    """The one annotation file of a COCO folder that `subdir` (train2017, …) means."""
+    found = sorted((folder / "annotations").glob("captions_*.json"))
+    found = found or sorted((folder / "annotations").glob("instances_*.json"))
+    chosen = [path for path in found if subdir is None or path.stem.endswith(f"_{subdir}")]
+    if len(chosen) != 1:
+        splits = [path.stem.partition("_")[2] for path in found]
+        raise UserError(f"{folder} has the parts {', '.join(splits)}: choose one, as in --subdir {splits[0]}")
+    return chosen[0]
+
+
+def _beside(path: Path, prefix: str) -> Path | None:
+    other = path.with_name(prefix + path.name.partition("_")[2])
+    return other if other.exists() else None
+
+
+def _load(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        loaded = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(loaded, dict) or "images" not in loaded or "annotations" not in loaded:
+        raise UserError(f"{path} does not have COCO's form: it needs 'images' and 'annotations'")
+    return loaded
+
+
+def _listing(captions: dict[str, Any], instances: dict[str, Any], folder: Path) -> Listing:
+    listing = Listing("coco")
+    texts: dict[Any, list[str]] = {}
+    for note in captions.get("annotations", []):
+        if problem := caption_problem(note["caption"]):
+            listing.skips.append(Skip(f"annotation {note.get('id')}", problem))
+        else:
+            texts.setdefault(note["image_id"], []).append(note["caption"])
+    boxes = _boxes(instances, listing.skips)
+    seen: set[str] = set()
+    for image in captions.get("images") or instances.get("images", []):
+        name = image["file_name"]
+        lines = texts.get(image["id"], [])
+        if name in seen:
+            listing.skips.append(Skip(name, "the same name again", f"image_id {image['id']}"))
+        elif captions and not lines:
+            listing.skips.append(Skip(name, "image without a usable caption"))
+        else:
+            parts: dict[str, bytes | Ref] = {"txt": caption_lines(lines)} if lines else {}
+            parts["json"] = json_bytes(_description(image, boxes.get(image["id"], [])))
+            listing.entries.append(Entry(name, Ref(folder / name), parts))
+        seen.add(name)
+    return listing
+
+
+def _description(image: dict[str, Any], boxes: list[tuple[list[float], str]]) -> dict[str, Any]:
+    known: dict[str, Any] = {field: image[field] for field in ("width", "height") if field in image}
+    return {
+        "image_id": image["id"],
+        **known,
+        "boxes": [b for b, _ in boxes],
+        "names": [name for _, name in boxes],
+    }
+
+
+def _boxes(instances: dict[str, Any], skips: list[Skip]) -> dict[Any, list[tuple[list[float], str]]]:
+    """Boxes and names by image id."""
+    names = {category["id"]: category["name"] for category in instances.get("categories", [])}
+    boxes: dict[Any, list[tuple[list[float], str]]] = {}
+    for note in instances.get("annotations", []):
+        box = note["bbox"]
+        if note.get("iscrowd"):
+            continue
+        if len(box) == 4 and all(math.isfinite(v) for v in box) and box[2] > 0 and box[3] > 0:
+            boxes.setdefault(note["image_id"], []).append((box, names[note["category_id"]]))
+        else:
+            skips.append(Skip(f"annotation {note.get('id')}", "box without area", str(box)))
+    return boxes

@@ -1,0 +1,168 @@
+"""The trainer as its users run it: from the command line, killed, resumed, refused."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.checkpoint import find_latest
+from pretrain.telemetry import read_log
+from tests.tiny import RESNET, recipe_data, write_recipe, write_shards
+
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+
+
+def start(*argv: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pretrain", *argv], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+
+
+def train(*argv: str) -> str:
+    """Run to the end; what was said on stderr."""
+    process = start(*argv)
+    _, told = process.communicate(timeout=240)
+    assert process.returncode == 0, told
+    return told
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    checkpoint = find_latest(run / "checkpoints")
+    assert checkpoint is not None
+    return {name: checkpoint.read(name) for name in checkpoint.names()}
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_log(run / "log.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_run_killed_anywhere_resumes_bit_for_bit(tmp_path, shards, world):
+    """Dropout and BatchNorm on; killed twice at moments that differ each time the test runs, during saves too."""
+    changes = {"model": RESNET, "world": world, "steps": 14}
+    whole = write_recipe(tmp_path / "whole.yaml", recipe_data(shards, tmp_path / "whole", **changes))
+    train(str(whole))
+    recipe = write_recipe(tmp_path / "cut.yaml", recipe_data(shards, tmp_path / "cut", **changes))
+    for _ in range(2):
+        process = start(str(recipe))
+        wait_for_a_step(tmp_path / "cut" / "log.jsonl", process)
+        time.sleep(random.uniform(0, 0.5))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    train(str(recipe))
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert expected.keys() == found.keys()
+    different = [name for name in expected if not torch.equal(expected[name], found[name])]
+    assert not different
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def wait_for_a_step(log: Path, process: subprocess.Popen) -> None:
+    """Until this start has logged a step of its own."""
+    size = log.stat().st_size if log.is_file() else 0
+    while process.poll() is None and not (log.is_file() and log.stat().st_size > size + 400):
+        time.sleep(0.02)
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, shards):
+    run = tmp_path / "run"
+    data = recipe_data(shards, run, world=2, steps=2000, checkpoint={"every": 10000})
+    recipe = write_recipe(tmp_path / "r.yaml", data)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pretrain", str(recipe)],
+        env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    wait_for_a_step(run / "log.jsonl", process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 0, told
+    assert "the same command goes on" in told
+    stopped = find_latest(run / "checkpoints")
+    assert stopped is not None
+    assert stopped.step < 2000
+    assert f"resuming at step {stopped.step}" in train(str(recipe), f"steps={stopped.step + 2}")
+
+
+def test_accumulation_gives_the_same_run(tmp_path, shards):
+    for k in (1, 3):
+        recipe = write_recipe(tmp_path / f"{k}.yaml", recipe_data(shards, tmp_path / str(k), accumulation=k))
+        train(str(recipe))
+    one, three = losses(tmp_path / "1"), losses(tmp_path / "3")
+    assert [one[s] for s in sorted(one)] == pytest.approx([three[s] for s in sorted(three)], rel=1e-5)
+
+
+def test_another_recipe_in_the_same_folder_is_refused_with_the_difference(tmp_path, shards):
+    data = recipe_data(shards, tmp_path / "run", steps=2)
+    train(str(write_recipe(tmp_path / "r.yaml", data)))
+    process = start(str(tmp_path / "r.yaml"), "seed=5")
+    _, told = process.communicate()
+    assert process.returncode == 2
+    assert "seed: 0 -> 5" in told
+    # what does not make it another run may change
+    train(str(tmp_path / "r.yaml"), "steps=4", "log.every=2", "data.threads=1")
+
+
+def test_a_changed_data_set_is_refused_at_resume(tmp_path):
+    shards = write_shards(tmp_path / "data", samples=40)
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_data(shards, tmp_path / "run", steps=2))
+    train(str(recipe))
+    write_shards(tmp_path / "data", samples=41)
+    process = start(str(recipe), "steps=4")
+    _, told = process.communicate()
+    assert process.returncode == 2
+    assert "order" in told
+
+
+def test_a_world_that_is_not_met_is_refused(tmp_path, shards):
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_data(shards, tmp_path / "run", world=2))
+    command = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "pretrain", str(recipe)]
+    done = subprocess.run([sys.executable, *command], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "needs world 2, but the launcher started 1 process." in done.stderr
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_accelerate_launch_trains_on_two_processes_like_the_own_launcher(tmp_path, shards):
+    for name in ("own", "accelerate"):
+        write_recipe(tmp_path / f"{name}.yaml", recipe_data(shards, tmp_path / name, world=2, steps=3))
+    train(str(tmp_path / "own.yaml"))
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m", "pretrain"]
+    done = subprocess.run(
+        [sys.executable, *launch, str(tmp_path / "accelerate.yaml")], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "own") == losses(tmp_path / "accelerate")
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, shards):
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_data(shards, tmp_path / "run", optimizer={"lr": 1e18}))
+    process = start(str(recipe))
+    _, told = process.communicate()
+    assert process.returncode == 2
+    assert "No weight was touched" in told
+    assert "polyview replay" in told
+
+
+def test_two_trainers_never_share_a_folder(tmp_path, shards):
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_data(shards, tmp_path / "run", steps=5000))
+    first = start(str(recipe))
+    wait_for_a_step(tmp_path / "run" / "log.jsonl", first)
+    second = start(str(recipe))
+    _, told = second.communicate()
+    first.kill()
+    first.communicate()
+    assert second.returncode == 2
+    assert "another process is training" in told
