@@ -3,15 +3,20 @@
     python -m benchmarks.checkpoint --mb 400
 
 The state is a model's worth of fp32 tensors on the CPU; training would go on changing them, so ours copies
-them to host memory before it returns, and that copy is what holds the step. Rounds are interleaved and
-wall-clock seconds of the calling thread are taken (what the step waits for), with nothing else being written
-at the time: between rounds the writer's thread is waited for, outside the measurement. torch.save is given
-its best case: no fsync. "reserved" is the first save of a run after `reserve`, "cold" one without.
+them to host memory before it returns, and that copy is what holds the step. Rounds are interleaved; each save
+begins with the disk's caches flushed and nothing else being written. Seconds are the calling thread's: wall
+(what the step waits for) and CPU (for machines that are shared). torch.save is given its best case, no fsync.
+
+"steady" is any save but the first; "first" is the first of a run after `CheckpointWriter.reserve`; "first,
+cold" is without it, and pays for touching new memory. "written" is until the commit, fsync and checksums
+included: the thread's time, which training does not wait for.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -34,56 +39,69 @@ def make_state(mb: int, tensors: int = 300) -> dict[str, torch.Tensor]:
     return {f"model.block{i}.weight": torch.randn(n) for i, n in enumerate(sizes)}
 
 
-def seconds(fn: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    fn()
-    return time.perf_counter() - start
+class Timed:
+    """Wall and CPU seconds of the calling thread, by what was timed."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[tuple[float, float]]] = {}
+
+    def __call__(self, name: str, fn: Callable[[], object]) -> None:
+        os.sync()
+        wall, cpu = time.perf_counter(), time.thread_time()
+        fn()
+        now = (time.perf_counter() - wall, time.thread_time() - cpu)
+        self.seconds.setdefault(name, []).append(now)
+
+    def rows(self, peer: str) -> list[dict]:
+        medians = {n: [statistics.median(t) for t in zip(*s, strict=True)] for n, s in self.seconds.items()}
+        return [
+            {
+                "save": name,
+                "wall s": wall,
+                "CPU s": cpu,
+                "of torch.save (wall)": wall / medians[peer][0],
+                "of torch.save (CPU)": cpu / medians[peer][1],
+                "bar": BAR if name in ("steady", "first") else "",
+            }
+            for name, (wall, cpu) in medians.items()
+        ]
 
 
-def first_save(folder: Path, fragments: list[Fragment], *, reserve: bool) -> float:
-    writer = CheckpointWriter(folder, attempt=new_attempt(), keep_last=1)
+def first_save(timed: Timed, name: str, root: Path, fragments: list[Fragment], *, reserve: bool) -> None:
+    writer = CheckpointWriter(root, attempt=new_attempt())
     if reserve:
         writer.reserve(fragments)
         writer.wait()
-    held = seconds(lambda: writer.save(1, fragments, {}))
+    timed(name, lambda: writer.save(1, fragments, {}))
     writer.wait()
-    return held
+    shutil.rmtree(root)
 
 
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     state = make_state(args.mb)
     fragments = slice_for_rank(state, 0, 1)
-    times: dict[str, list[float]] = {
-        k: [] for k in ("torch.save", "ours", "ours, reserved", "ours, cold", "written")
-    }
+    timed = Timed()
     with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
         root = Path(scratch)
         writer = CheckpointWriter(root / "steady", attempt=new_attempt(), keep_last=1)
-        writer.save(0, fragments, {})
-        writer.wait()
-        for step in range(1, args.rounds + 1):
-            times["torch.save"].append(seconds(lambda: torch.save(state, root / "peer.pt")))
-            start = time.perf_counter()
-            writer.save(step, fragments, {"step": step})
-            times["ours"].append(time.perf_counter() - start)
+
+        def whole_save(step: int) -> None:
+            writer.save(step, fragments, {})
             writer.wait()
-            times["written"].append(time.perf_counter() - start)
-            times["ours, reserved"].append(first_save(root / f"r{step}", fragments, reserve=True))
-            times["ours, cold"].append(first_save(root / f"c{step}", fragments, reserve=False))
-    median = {name: statistics.median(t) for name, t in times.items()}
-    peer = median["torch.save"]
+
+        whole_save(0)
+        torch.save(state, root / "peer.pt")  # a warm-up for both
+        for step in range(1, 2 * args.rounds, 2):
+            timed("torch.save", lambda: torch.save(state, root / "peer.pt"))
+            timed("steady", lambda: writer.save(step, fragments, {}))  # noqa: B023
+            writer.wait()
+            timed("written", lambda: whole_save(step + 1))  # noqa: B023
+            first_save(timed, "first", root / "first", fragments, reserve=True)
+            first_save(timed, "first, cold", root / "cold", fragments, reserve=False)
     report(
-        f"time a save of {args.mb} MB holds the step (wall s, {args.threads} thread(s))",
-        [
-            {
-                "save": name,
-                "seconds": s,
-                "of torch.save": s / peer,
-                "bar": BAR if name.startswith("ours") else "",
-            }
-            for name, s in median.items()
-        ],
+        f"time a save of {args.mb} MB holds the step ({args.threads} thread(s))",
+        timed.rows("torch.save"),
         args,
     )
 

@@ -39,7 +39,7 @@ def evaluate_retrieval(weights: Weights, samples: Samples, *, group: Group = Non
     """
     images = encode_images(weights, samples, group=group)
     captions = encode_captions(weights, samples, group=group)
-    usable = images.whole[captions.image]
+    usable = np.flatnonzero(images.whole[captions.image])
     ids = np.flatnonzero(images.whole)
     owner = (np.cumsum(images.whole) - 1)[captions.image[usable]]
     vectors, texts = images.vectors[ids], captions.vectors[usable]
@@ -57,29 +57,33 @@ def evaluate_retrieval(weights: Weights, samples: Samples, *, group: Group = Non
         chance=retrieval.chance(ranks),
         details=_details(weights, "embedding", counts, notes, "images, each with all its captions"),
     )
-    written = [captions.texts[q] for q in np.flatnonzero(usable)]
+    written = [captions.texts[q] for q in usable]
+    shown = _retrieval_pictures(samples, vectors, texts, ranks, ids, images.labels[ids], written)
+    return Evaluation(result, shown)
 
+
+def _retrieval_pictures(
+    samples: Samples,
+    images: np.ndarray,
+    texts: np.ndarray,
+    ranks: retrieval.Ranks,
+    ids: np.ndarray,
+    labels: np.ndarray,
+    written: list[str],
+) -> dict[str, Any]:
     thumbnails = pictures.Thumbnails(samples)
-    asked = np.unique(owner)
-    shown = {
-        "chosen": pictures.how_chosen(len(texts), "captions", SEED),
+    owner, asked = ranks.owner, np.unique(ranks.owner)
+    return {
+        "chosen": pictures.how_chosen(SEED),
         "captions": pictures.captions_find(
-            thumbnails, vectors, texts, owner, ids, ranks.image, written, seed=SEED
+            thumbnails, images, texts, owner, ids, ranks.image, written, seed=SEED
         ),
         "photographs": pictures.images_find(
-            thumbnails,
-            vectors[asked],
-            texts,
-            lambda m, t: owner[t] == asked[m],
-            ids[asked],
-            ranks.text,
-            written,
-            seed=SEED,
+            thumbnails, images[asked], texts, owner, asked, ids[asked], ranks.text, written, seed=SEED
         ),
-        "neighbours": pictures.alike(thumbnails, vectors, ids, seed=SEED),
-        "map": _map(thumbnails, vectors, ids, images.labels[ids], samples),
+        "neighbours": pictures.alike(thumbnails, images, ids, seed=SEED),
+        "map": _map(thumbnails, images, ids, labels, samples),
     }
-    return Evaluation(result, shown)
 
 
 def evaluate_knn(
@@ -94,19 +98,16 @@ def evaluate_knn(
     train_ids, test_ids = (np.flatnonzero(x.whole & (x.labels >= 0)) for x in (bank, queries))
     train_labels, test_labels = bank.labels[train_ids], queries.labels[test_ids]
     knn.check_labels(train_labels, test_labels, train.spec, test.spec)
-    most = max(p.k for p in knn.PROTOCOLS)
     vectors = queries.vectors[test_ids]
-    similarity, found = knn.nearest(
-        vectors, bank.vectors[train_ids], most, device=weights.encoder.device, group=group
-    )
+    most = max(p.k for p in knn.PROTOCOLS)
+    device = weights.encoder.device
+    similarity, found = knn.nearest(vectors, bank.vectors[train_ids], most, device=device, group=group)
     if resolve(group)[1]:
         return None
     size = int(max(train_labels.max(), test_labels.max())) + 1
     classes = len(np.unique(train_labels))
-    answers = {
-        p.name: knn.classify(similarity, train_labels[found], test_labels, size, classes, p)
-        for p in knn.PROTOCOLS
-    }
+    voted = train_labels[found]
+    answers = {p.name: knn.classify(similarity, voted, test_labels, size, classes, p) for p in knn.PROTOCOLS}
     counts = {"training images": len(train_ids), "test images": len(test_ids), "classes": classes}
     notes = _damage(bank, train) + _damage(queries, test) + knn.notes(train_labels, test_labels)
     notes += _unlabelled(bank, train) + _unlabelled(queries, test)
@@ -115,16 +116,17 @@ def evaluate_knn(
         metrics=_prefixed({n: classification.metrics(a) for n, a in answers.items()}),
         intervals=_prefixed({n: classification.intervals(a, seed=SEED) for n, a in answers.items()}),
         chance=_prefixed({n: classification.chance(classes) for n in answers}),
-        details=_details(weights, output, counts, notes, "test images")
-        | {"protocols": {p.name: {"k": p.k, "temperature": p.temperature} for p in knn.PROTOCOLS}},
+        details=_details(weights, output, counts, notes, "test images"),
     )
+    result.details["protocols"] = {p.name: {"k": p.k, "temperature": p.temperature} for p in knn.PROTOCOLS}
     names = _class_names(test, size)
     first = answers[knn.PROTOCOLS[0].name]
     tests, trains = pictures.Thumbnails(test), pictures.Thumbnails(train)
+    near = pictures.Near(similarity, found, voted)
     shown = {
-        "chosen": pictures.how_chosen(len(test_ids), "test images", SEED),
+        "chosen": pictures.how_chosen(SEED),
         "neighbours": pictures.labelled_neighbours(
-            tests, trains, test_ids, train_ids, similarity, found, train_labels, first, names, seed=SEED
+            tests, trains, test_ids, train_ids, near, first, names, seed=SEED
         ),
         "confusion": pictures.confusion(first, names),
         "map": pictures.embedding_map(tests, vectors, test_ids, test_labels, names, seed=SEED),
@@ -142,47 +144,43 @@ def evaluate_zeroshot(
     """
     images = encode_images(weights, samples, group=group)
     ids = np.flatnonzero(images.whole & (images.labels >= 0))
-    labels = images.labels[ids]
-    if not len(ids):
-        raise UserError(f"{samples.spec}: no sample has an image and a class (a `cls` beside the image)")
-    if labels.max() >= len(classnames):
-        worst = samples.key(int(ids[labels.argmax()]))
-        raise UserError(
-            f"{samples.spec}: {worst} is of class {labels.max()}, but there are {len(classnames)} class names"
-        )
+    vectors, labels = images.vectors[ids], images.labels[ids]
+    _check_classes(labels, ids, classnames, samples)
     prompts = encode_texts(weights, zeroshot.prompts(classnames, templates), group=group)
     if resolve(group)[1]:
         return None
     names = zeroshot.classifier(prompts, len(classnames))
-    vectors = images.vectors[ids]
     answers = zeroshot.classify(vectors, names, labels)
     counts = {"images": len(ids), "classes": len(classnames), "templates": len(templates)}
+    notes = _damage(images, samples) + _unlabelled(images, samples)
     result = Result(
         **_names(weights, samples, "zeroshot_classification"),
         metrics=classification.metrics(answers),
         intervals=classification.intervals(answers, seed=SEED),
         chance=classification.chance(len(classnames)),
-        details=_details(
-            weights, "embedding", counts, _damage(images, samples) + _unlabelled(images, samples), "images"
-        ),
+        details=_details(weights, "embedding", counts, notes, "images"),
     )
     thumbnails = pictures.Thumbnails(samples)
+    everyone = np.arange(len(classnames))
     shown = {
-        "chosen": pictures.how_chosen(len(ids), "images", SEED),
+        "chosen": pictures.how_chosen(SEED),
         "named": pictures.images_find(
-            thumbnails,
-            vectors,
-            names,
-            lambda m, t: labels[m] == t,
-            ids,
-            answers.ranks,
-            classnames,
-            seed=SEED,
+            thumbnails, vectors, names, everyone, labels, ids, answers.ranks, classnames, seed=SEED
         ),
         "confusion": pictures.confusion(answers, classnames),
         "map": pictures.embedding_map(thumbnails, vectors, ids, labels, classnames, seed=SEED),
     }
     return Evaluation(result, shown)
+
+
+def _check_classes(labels: np.ndarray, ids: np.ndarray, classnames: list[str], samples: Samples) -> None:
+    if not len(ids):
+        raise UserError(f"{samples.spec}: no sample has an image and a class (a `cls` beside the image)")
+    if labels.max() >= len(classnames):
+        key = samples.key(int(ids[labels.argmax()]))
+        raise UserError(
+            f"{samples.spec}: {key} is of class {labels.max()}, but there are {len(classnames)} class names"
+        )
 
 
 def _names(weights: Weights, samples: Samples, task: str) -> dict[str, str]:

@@ -93,7 +93,9 @@ def encode_texts(weights: Weights, texts: list[str], *, group: Group = None) -> 
         UserError: the encoder has no text tower.
     """
     if not weights.encoder.has_text:
-        raise UserError(f"{weights.run}: this encoder has no text tower (model.text: null), which is needed here")
+        raise UserError(
+            f"{weights.run}: this encoder has no text tower (model.text: null), which is needed here"
+        )
     # of like length together: a batch is computed up to its longest text
     distinct = sorted(set(texts), key=lambda text: (len(text), text))
     parts = []
@@ -123,7 +125,9 @@ def _gather(
 ) -> np.ndarray:
     """All ranks' batches (rows, width) as (n, width) on every rank, what the last was filled up with cut off."""
     device = weights.encoder.device
-    local = torch.stack(parts).to(device) if parts else torch.zeros(0, rows, width, dtype=dtype, device=device)
+    local = (
+        torch.stack(parts).to(device) if parts else torch.zeros(0, rows, width, dtype=dtype, device=device)
+    )
     return gather_rows(local, -(-n // rows), group).flatten(0, 1)[:n].cpu().numpy()
 
 

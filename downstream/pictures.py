@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -20,7 +20,8 @@ from index.search.exact import exact_topk
 from pretrain.views.decode import DamagedSample, decode
 
 EXAMPLES = 8
-SHOWN = 6  # neighbours a query
+SHOWN = 6  # images found, a query
+SHOWN_TEXTS = 5
 MAP_POINTS = 500
 SIDE, SMALL_SIDE = 128, 56  # pixels of a thumbnail's shorter side: examples, map
 MOST_CLASSES = 40  # a larger matrix is no picture: only the worst pairs are kept
@@ -60,9 +61,17 @@ def chosen(n: int, count: int, seed: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64(seed)).permutation(n)[:count]
 
 
-def how_chosen(n: int, what: str, seed: int) -> str:
+def how_chosen(seed: int) -> str:
     """The sentence that says so in the report."""
-    return f"Drawn at random of {n:,} {what} (seed {seed}), not by success."
+    return f"Drawn at random (seed {seed}), not by success."
+
+
+class Near(NamedTuple):
+    """The nearest training images of each test image, best first."""
+
+    scores: np.ndarray  # (Q, k) cosines
+    rows: np.ndarray  # (Q, k) rows of the bank
+    classes: np.ndarray  # (Q, k) their classes
 
 
 def captions_find(
@@ -94,20 +103,19 @@ def captions_find(
 
 
 def images_find(
-    thumbnails: Thumbnails, images, texts, right, ids, ranks, written, *, seed: int, name=""
+    thumbnails: Thumbnails, images, texts, owner, own, ids, ranks, written: Sequence[str], *, seed: int
 ) -> list[dict[str, Any]]:
-    """Images and the texts they found. `images` (M, D) with samples `ids` (M,); `right(m, t)`: whether text t is
-    image m's own; `ranks` (M,): the place of the first that is.
+    """Images (M, D), samples `ids` (M,), and the texts they found. Text t belongs to image m where
+    `owner[t] == own[m]`; `ranks` (M,): the place of the first that does.
     """
     picked = chosen(len(images), EXAMPLES, seed + 1)
-    _, found = exact_topk(images[picked], texts, 5)
+    _, found = exact_topk(images[picked], texts, SHOWN_TEXTS)
     return [
         {
             "src": thumbnails(ids[m]),
-            "name": name,
             "rank": int(ranks[m]),
             "of": len(texts),
-            "found": [{"text": written[t], "right": bool(right(m, t))} for t in row],
+            "found": [{"text": written[t], "right": bool(owner[t] == own[m])} for t in row],
         }
         for m, row in zip(picked, found)
     ]
@@ -132,37 +140,34 @@ def labelled_neighbours(
     trains: Thumbnails,
     test_ids,
     train_ids,
-    scores,
-    found,
-    train_labels,
+    near: Near,
     answers: Answers,
     names,
     *,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Test images, the training images nearest to them (`found` (Q, k) rows of the bank), and what was voted."""
+    """Test images (samples `test_ids`), the training images nearest to them, and what these voted."""
     examples = []
     for q in chosen(len(test_ids), EXAMPLES, seed):
         right, voted = int(answers.labels[q]), int(answers.predicted[q])
+        best = zip(near.rows[q, :SHOWN], near.scores[q, :SHOWN], near.classes[q, :SHOWN])
         shown = [
             {
                 "src": trains(train_ids[i]),
                 "score": float(s),
                 "place": place,
-                "name": names[train_labels[i]],
-                "right": bool(train_labels[i] == right),
+                "name": names[c],
+                "right": bool(c == right),
             }
-            for place, (i, s) in enumerate(zip(found[q, :SHOWN], scores[q, :SHOWN]), 1)
+            for place, (i, s, c) in enumerate(best, 1)
         ]
-        examples.append(
-            {
-                "src": tests(test_ids[q]),
-                "name": names[right],
-                "predicted": names[voted],
-                "hit": right == voted,
-                "found": shown,
-            }
-        )
+        head = {
+            "src": tests(test_ids[q]),
+            "name": names[right],
+            "predicted": names[voted],
+            "hit": right == voted,
+        }
+        examples.append(head | {"found": shown})
     return examples
 
 

@@ -158,7 +158,7 @@ def _adopt(args: argparse.Namespace) -> int:
         raise UserError(f"--format {args.format} takes one INPUT that exists, not {' '.join(args.input)}")
     if args.holdout or args.limit:
         raise UserError("--holdout and --limit are for new shards: tars are taken as they are")
-    shards = [shard for name in args.input for shard in expand_shards(name, trust_summary=False)]
+    shards = [shard.path for shard in expand_shards(args.input, trust_summary=False)]
     console = Console(stderr=True)
     indexes = list(track(index_all(shards), "indexing", total=len(shards), console=console, transient=True))
     folder = adopt(indexes, args.out)

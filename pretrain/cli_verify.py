@@ -35,11 +35,11 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import track
 
-    from pretrain.shards.source import expand_shards, noted_lengths
+    from pretrain.shards.source import expand_shards
     from pretrain.shards.verify import verify_shards
 
-    shards = list(dict.fromkeys(shard for spec in args.shards for shard in expand_shards(spec)))
-    expected = noted_lengths(shards, args.shards)
+    expected = {shard.path: shard.samples for shard in expand_shards(args.shards)}
+    shards = list(expected)
     reports = verify_shards(shards, decode_image if args.decode else None, expected, args.workers)
     done = list(track(reports, "verifying", total=len(shards), console=Console(stderr=True), transient=True))
     place = {shard: i for i, shard in enumerate(shards)}

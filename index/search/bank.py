@@ -1,7 +1,8 @@
 """The rows that are searched: one or several arrays in one line, checked once, read in blocks.
 
-A bank may be float32 in memory, a float16 memory map of a segment, or a tensor on a GPU; blocks and gathered rows
-come out as float32 tensors, so nothing but the candidate kernels cares which. It does not copy the rows.
+`Bank` holds numpy arrays (float32 in memory, or float16 memory maps of segments) and multiplies with faiss and numpy;
+`index.search.device.DeviceBank` does the same with a tensor on a GPU. Both only make products: which rows win is
+decided in `index.search.exact`. Rows are not copied.
 """
 
 from __future__ import annotations
@@ -13,25 +14,27 @@ import zlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from index.errors import BadInput
-
-Rows = np.ndarray | Tensor
+from index.search import kernels
 
 BLOCK_ROWS = 16384  # 16 MiB of float32 at width 256: a block and its scores stay near the cache
-FLOATS = (np.float16, np.float32, np.float64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
-SAMPLED = 256  # rows looked at to see whether a known array was overwritten
+GATHERED = 2**23  # float64 numbers gathered at once: 64 MiB
+SAMPLED = 16  # rows looked at to see whether a known array was overwritten
 
 
 class Bank:
-    """Rows to search, (N, D); `largest_norm` is found by one pass, which is also the check that all is finite.
+    """Rows to search, (N, D), from arrays of one width.
 
+    `largest_norm` is the Euclidean length of the longest row, found by the pass that checks that all is finite.
+    `unit` bounds the relative error of one of our float32 products of width 1 (see `exact`).
     Raises `BadInput` when a part is not a float matrix, the widths differ, or a value is not finite.
     """
 
-    def __init__(self, parts: Sequence[Rows], largest_norm: float | None = None):
+    unit = 2.0**-24
+    extra = 0.0
+
+    def __init__(self, parts: Sequence[np.ndarray], largest_norm: float | None = None):
         if not parts:
             raise BadInput("bank: no array given; an empty bank is one of shape (0, dim)")
         for part in parts:
@@ -43,43 +46,60 @@ class Bank:
         self.dim = widths[0]
         self.starts = np.cumsum([0, *(len(p) for p in parts)])
         self.rows = int(self.starts[-1])
-        self.device = parts[0].device if isinstance(parts[0], Tensor) else torch.device("cpu")
         self.largest_norm = self._measure() if largest_norm is None else largest_norm
 
-    def blocks(self, rows: int = BLOCK_ROWS) -> Iterator[tuple[int, Tensor]]:
-        """(first row, float32 block of at most `rows` rows); what is float32 already is not copied."""
-        for start, part in zip(self.starts, self.parts):
-            for lo in range(0, len(part), rows):
-                yield int(start) + lo, _float32(part[lo : lo + rows])
+    def candidates(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(scores, ids), each (Q, count), best rows by float32 products; see `kernels.best`."""
+        return kernels.best(queries, self._runs(), count)
 
-    def runs(self) -> Iterator[tuple[int, Tensor]]:
-        """As `blocks`, but an array that needs no conversion comes whole: for kernels that block by themselves."""
-        for start, part in zip(self.starts, self.parts):
-            step = max(1, len(part)) if _is_direct(part) else BLOCK_ROWS
-            for lo in range(0, len(part), step):
-                yield int(start) + lo, _float32(part[lo : lo + step])
+    def rescore(self, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Products of each query with the rows `ids` (Q, C), in float64, rounded to float32."""
+        out = np.empty(ids.shape, np.float32)
+        step = max(1, GATHERED // (ids.shape[1] * self.dim))
+        for lo in range(0, len(ids), step):
+            some = ids[lo : lo + step]
+            rows = self._take(some.ravel()).reshape(*some.shape, self.dim)
+            out[lo : lo + step] = np.einsum("qcd,qd->qc", rows, queries[lo : lo + step].astype(np.float64))
+        return out
 
-    def take(self, ids: Tensor) -> Tensor:
-        """The rows `ids` (M,) as float32 (M, D)."""
+    def all_scores(self, queries: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, scores (Q, rows of a block)), as `rescore` makes them."""
+        wide = queries.astype(np.float64)
+        for start, block in self.blocks():
+            yield start, (wide @ block.T.astype(np.float64)).astype(np.float32)
+
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, float32 block); what is float32 already is not copied."""
+        for start, part in zip(self.starts, self.parts):
+            for lo in range(0, len(part), BLOCK_ROWS):
+                yield int(start) + lo, np.ascontiguousarray(part[lo : lo + BLOCK_ROWS], np.float32)
+
+    def _runs(self) -> Iterator[tuple[int, np.ndarray]]:
+        """As `blocks`, but what needs no conversion comes whole: faiss makes its own blocks."""
+        if all(p.dtype == np.float32 and p.flags.c_contiguous for p in self.parts):
+            return ((int(start), part) for start, part in zip(self.starts, self.parts) if len(part))
+        return self.blocks()
+
+    def _take(self, ids: np.ndarray) -> np.ndarray:
+        """Rows as float64 (M, D)."""
         if len(self.parts) == 1:
-            return _gather(self.parts[0], ids)
-        out = torch.empty(len(ids), self.dim, device=self.device)
-        ends = torch.from_numpy(self.starts[1:]).to(ids.device)
-        part_of = torch.searchsorted(ends, ids, right=True)
-        for i in part_of.unique().tolist():
+            return self.parts[0][ids].astype(np.float64)
+        out = np.empty((len(ids), self.dim), np.float64)
+        part_of = np.searchsorted(self.starts, ids, side="right") - 1
+        for i in np.unique(part_of):
             here = part_of == i
-            out[here] = _gather(self.parts[i], ids[here] - int(self.starts[i]))
+            out[here] = self.parts[i][ids[here] - self.starts[i]]
         return out
 
     def _measure(self) -> float:
-        """Largest Euclidean length of a row."""
         largest = 0.0
         for start, block in self.blocks():
-            squares = torch.einsum("nd,nd->n", block, block)
-            bad = (~torch.isfinite(squares)).nonzero()
-            if len(bad):
-                raise BadInput(f"bank: row {start + int(bad[0])} is not finite, or too large for float32 products")
-            largest = max(largest, float(squares.max()))
+            squares = np.einsum("nd,nd->n", block, block)
+            top = float(squares.max())
+            if not math.isfinite(top):
+                row = start + int(np.flatnonzero(~np.isfinite(squares))[0])
+                raise BadInput(f"bank: row {row} is not finite, or too large for float32 products")
+            largest = max(largest, top)
         return math.sqrt(largest)
 
 
@@ -87,22 +107,17 @@ _norms: dict[int, tuple[weakref.ref, object, float]] = {}
 _norms_lock = threading.Lock()
 
 
-def as_bank(rows: Rows | Bank) -> Bank:
+def remembered(rows: np.ndarray) -> Bank:
     """The bank of one array. That its rows are finite is remembered with the array, so a second call costs nothing.
 
-    A tensor that was written to since is checked again (by its version counter), an array when a sample of its rows
-    changed. Rows overwritten between the sampled ones go unnoticed: make a new `Bank` then.
+    An array that was overwritten since is checked again when 16 sampled rows show it; to be sure, make a new `Bank`.
     """
-    if isinstance(rows, Bank):
-        return rows
     check_matrix(rows, "bank")
-    stamp = _stamp(rows)
-    with _norms_lock:
-        known = _norms.get(id(rows))
+    stamp, key = _stamp(rows), id(rows)
+    known = _norms.get(key)
     if known is not None and known[0]() is rows and known[1] == stamp:
         return Bank([rows], largest_norm=known[2])
     bank = Bank([rows])
-    key = id(rows)
     with _norms_lock:
         _norms[key] = (weakref.ref(rows, lambda _: _norms.pop(key, None)), stamp, bank.largest_norm)
     return bank
@@ -110,34 +125,12 @@ def as_bank(rows: Rows | Bank) -> Bank:
 
 def check_matrix(rows: object, name: str) -> None:
     """Raise `BadInput` unless `rows` is a float matrix with at least one column."""
-    if not isinstance(rows, np.ndarray | Tensor):
-        raise BadInput(f"{name}: expected a numpy array or a tensor of shape (rows, dim), got {type(rows).__name__}")
-    kind = rows.dtype if isinstance(rows, Tensor) else rows.dtype.type
-    if rows.ndim != 2 or rows.shape[1] == 0 or kind not in FLOATS:
-        raise BadInput(f"{name}: expected floats of shape (rows, dim), got {rows.dtype} {tuple(rows.shape)}")
+    if not isinstance(rows, np.ndarray):
+        raise BadInput(f"{name}: expected an array or a tensor of shape (rows, dim), got {type(rows).__name__}")
+    if rows.ndim != 2 or rows.shape[1] == 0 or rows.dtype.kind != "f":
+        raise BadInput(f"{name}: expected floats of shape (rows, dim), got {rows.dtype} {rows.shape}")
 
 
-def _stamp(rows: Rows) -> object:
-    if isinstance(rows, Tensor):
-        return rows.data_ptr(), rows._version
+def _stamp(rows: np.ndarray) -> object:
     sample = np.ascontiguousarray(rows[:: max(1, len(rows) // SAMPLED)])
     return rows.ctypes.data, rows.shape, zlib.crc32(sample.view(np.uint8).reshape(-1).data)
-
-
-def _is_direct(part: Rows) -> bool:
-    if isinstance(part, Tensor):
-        return part.dtype == torch.float32 and part.is_contiguous()
-    # torch warns about memory that it may not write to: such arrays go through a block's copy
-    return part.dtype == np.float32 and part.flags.c_contiguous and part.flags.writeable
-
-
-def _float32(part: Rows) -> Tensor:
-    if isinstance(part, Tensor):
-        return part.detach().float().contiguous()
-    return torch.from_numpy(part if _is_direct(part) else np.array(part, dtype=np.float32, order="C"))
-
-
-def _gather(part: Rows, ids: Tensor) -> Tensor:
-    if isinstance(part, Tensor):
-        return part.detach()[ids.to(part.device)].float()
-    return torch.from_numpy(part[ids.numpy()].astype(np.float32, copy=False))

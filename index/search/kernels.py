@@ -1,7 +1,7 @@
-"""Fast float32 passes over a bank that name more candidates than are asked for; `exact` decides among them.
+"""The fast float32 pass over a bank on a CPU: faiss, told when to use BLAS.
 
-On a CPU faiss, which has two ways: a scan, and blocks through BLAS. It takes BLAS only above 128,000 = queries × dim,
-far too late (200k × 256, one thread, queries per CPU second, faiss 1.15):
+faiss has two ways, a scan and blocks through BLAS, and takes BLAS only above 128,000 = queries × dim, far too late
+(200k × 256, one thread, queries per CPU second, faiss 1.15):
 
 | queries | scan | BLAS | torch, one product + topk |
 | 1       | 135  | 57   | 57                        |
@@ -17,8 +17,6 @@ nothing else of it changes.
 faiss's thread count belongs to the calling thread. Fewer than 8 queries run on one thread (a team costs more than it
 brings); more use what the caller set, at most SLURM_CPUS_PER_TASK. Never fork after a search: faiss's thread team
 does not survive it, and the child hangs.
-
-On a GPU torch: a product and a topk a block.
 """
 
 from __future__ import annotations
@@ -26,60 +24,44 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-import torch
-from torch import Tensor
-
-from index.search.bank import Bank
+import numpy as np
 
 BLAS_QUERIES = 4  # from here on BLAS
 TEAM_QUERIES = 8  # from here on several threads
-CUDA_SCORES = 2**26  # scores held at once on a GPU: 256 MiB
 
 _threshold_lock = threading.Lock()
 
 
-def candidates(queries: Tensor, bank: Bank, count: int) -> tuple[Tensor, Tensor]:
-    """(scores, ids), each (Q, count): the best `count` rows by float32 products, in no stated order, Q ≥ 1.
+def best(
+    queries: np.ndarray, runs: Iterable[tuple[int, np.ndarray]], count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(scores, ids), each (Q, count): the best `count` rows by float32 products, in no stated order.
 
-    `count` ≤ bank.rows. Ties and last bits may fall either way.
+    queries: (Q, D) float32, Q ≥ 1; runs: (first id, rows float32), together at least `count` rows. Ties and last
+    bits may fall either way.
     """
-    if bank.device.type == "cpu":
-        return _faiss_pass(queries, bank, count)
-    return _torch_pass(queries, bank, count)
-
-
-def merge(best: tuple[Tensor, Tensor] | None, new: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """The best `count` of two lists of (scores, ids) a query."""
-    if best is None:
-        return new
-    scores, ids = (torch.cat(pair, dim=1) for pair in zip(best, new))
-    scores, place = scores.topk(min(count, scores.shape[1]), sorted=False)
-    return scores, ids.gather(1, place)
-
-
-def _torch_pass(queries: Tensor, bank: Bank, count: int) -> tuple[Tensor, Tensor]:
-    best = None
-    for start, block in bank.blocks(max(1024, CUDA_SCORES // len(queries))):
-        top, ids = (queries @ block.T).topk(min(count, len(block)), sorted=False)
-        best = merge(best, (top, ids + start), count)
-    assert best is not None  # count ≥ 1 rows exist
-    return best
-
-
-def _faiss_pass(queries: Tensor, bank: Bank, count: int) -> tuple[Tensor, Tensor]:
     import faiss
 
-    best = None
+    found: tuple[np.ndarray, np.ndarray] | None = None
     with _blas(len(queries) >= BLAS_QUERIES), _threads(len(queries)):
-        for start, run in bank.runs():
-            top, ids = faiss.knn(
-                queries.numpy(), run.numpy(), min(count, len(run)), metric=faiss.METRIC_INNER_PRODUCT
-            )
-            best = merge(best, (torch.from_numpy(top), torch.from_numpy(ids) + start), count)
-    assert best is not None
-    return best
+        for start, run in runs:
+            scores, ids = faiss.knn(queries, run, min(count, len(run)), metric=faiss.METRIC_INNER_PRODUCT)
+            new = scores, (ids + start if start else ids)
+            found = new if found is None else _merge(found, new, count)
+    assert found is not None  # count ≥ 1 rows were promised
+    return found
+
+
+def _merge(
+    a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray], count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    scores, ids = (np.concatenate(pair, axis=1) for pair in zip(a, b))
+    if scores.shape[1] <= count:
+        return scores, ids
+    places = np.argpartition(scores, -count, axis=1)[:, -count:]
+    return np.take_along_axis(scores, places, 1), np.take_along_axis(ids, places, 1)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pretrain.distributed.collectives import all_reduce_sum
@@ -30,7 +29,7 @@ class SyncBatchNorm(_BatchNorm):
 
     Parameters and buffers have BatchNorm's names. Every rank must call it, forward and backward, in the same
     order. `update_statistics = False` leaves running_mean, running_var and num_batches_tracked as they are.
-    Double backward raises RuntimeError.
+    A backward with create_graph raises RuntimeError.
     """
 
     def __init__(
@@ -166,8 +165,9 @@ class _Normalise(torch.autograd.Function):
         return output.to(x.dtype), mean, variance, count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor, *_):
+        if torch.is_grad_enabled():  # create_graph=True: a penalty on the gradient would silently have none
+            raise RuntimeError("SyncBatchNorm has no second derivative: call backward without create_graph")
         x, weight, mean, inverse, count = ctx.saved_tensors
         dims = [d for d in range(x.dim()) if d != 1]
         grad = grad.to(mean.dtype)

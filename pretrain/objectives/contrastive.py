@@ -74,12 +74,8 @@ class ClipLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if (
-            torch.is_grad_enabled()
-        ):  # create_graph=True; once_differentiable would let a penalty on it pass as constant
-            raise RuntimeError(
-                "the contrastive loss has no second derivative: call backward without create_graph"
-            )
+        if torch.is_grad_enabled():  # create_graph=True: a penalty on the gradient would silently have none
+            raise RuntimeError("clip_loss has no second derivative: call backward without create_graph")
         logit_scale, rows, columns, total, *pairs = ctx.saved_tensors
         found = Found(rows, columns, total, ctx.shift)
         gradient = backward(Pairs(*pairs), ctx.setting, found, logit_scale)

@@ -11,13 +11,11 @@
 from __future__ import annotations
 
 import bz2
-import gzip
 import lzma
-import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pretrain.errors import UserError
 from pretrain.shards.entries import IMAGE_EXTENSIONS, Entry, Listing, Ref, Skip
@@ -27,7 +25,11 @@ from pretrain.shards.import_table import list_table
 from pretrain.shards.index import ShardIndex, build_index, compression
 
 FORMATS = ("folder", "table", "coco", "webdataset")
-OPENERS: dict[str, Callable[..., Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+DECOMPRESSORS: dict[str, Callable[[], Any]] = {
+    "gzip": lambda: zlib.decompressobj(31),  # 31: with gzip's header and checksum
+    "bzip2": bz2.BZ2Decompressor,
+    "xz": lzma.LZMADecompressor,
+}
 TABLES = (".csv", ".tsv", ".txt")
 
 
@@ -79,18 +81,28 @@ def unpack(path: Path, folder: Path) -> tuple[Path, list[Skip]]:
     What could be decompressed of a damaged one is kept; the damage is a skip.
     """
     kind = compression(path)
-    if kind is None or kind not in OPENERS:
+    if kind is None or kind not in DECOMPRESSORS:
         raise UserError(f"{path} is compressed with {kind}: decompress it first")
     plain = folder / (path.name.partition(".")[0] + ".tar")
-    skips = []
-    with OPENERS[kind](path, "rb") as packed, open(plain, "wb") as out:
-        try:
-            shutil.copyfileobj(packed, out, 1 << 20)
-        except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, OSError) as error:
-            if getattr(error, "errno", None) is not None:
-                raise
-            skips.append(Skip(path.name, "compressed tar damaged", str(error)))
-    return plain, skips
+    with open(path, "rb") as packed, open(plain, "wb") as out:
+        problem = _decompress(packed, out, DECOMPRESSORS[kind])
+    return plain, [Skip(path.name, "compressed tar damaged", problem)] if problem else []
+
+
+def _decompress(packed: BinaryIO, out: BinaryIO, make: Callable[[], Any]) -> str | None:
+    """Write what can be decompressed, stream after stream; what stopped it early, or None."""
+    stream = make()
+    while data := packed.read(1 << 16):
+        data = data.lstrip(b"\0") if stream.eof else data  # padding behind a stream
+        while data:
+            stream = make() if stream.eof else stream
+            try:
+                plain = stream.decompress(data)
+            except (zlib.error, lzma.LZMAError, OSError) as error:
+                return str(error)
+            out.write(plain)
+            data = stream.unused_data.lstrip(b"\0")
+    return None if stream.eof else "cut short"
 
 
 def list_samples(tar: Path) -> Listing:

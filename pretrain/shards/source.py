@@ -13,13 +13,14 @@ import difflib
 import glob
 import json
 import logging
+import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,18 +32,24 @@ SUMMARY = "pack.json"
 log = logging.getLogger(__name__)
 
 
+class Shard(NamedTuple):
+    """A tar, and how many samples a pack.json notes for it (None: not noted)."""
+
+    path: Path
+    samples: int | None
+
+
 class Source:
     """Shards in their order. ``lengths[i]`` is the number of samples of ``shards[i]`` (0 is allowed).
 
-    Lengths already known are given as `noted`. Indexes of `cached` shards are kept; safe to use from several
-    threads.
+    `shards` are paths, or what `expand_shards` found. Indexes of `cached` shards are kept; safe to use from
+    several threads.
     """
 
-    def __init__(self, shards: Sequence[Path], noted: Mapping[Path, int] | None = None, cached: int = 256):
-        self.shards = [Path(shard) for shard in shards]
-        self.lengths: list[int] = _lengths(
-            self.shards, noted_lengths(self.shards) if noted is None else noted
-        )
+    def __init__(self, shards: Sequence[Path | Shard], cached: int = 256):
+        found = [shard if isinstance(shard, Shard) else Shard(Path(shard), None) for shard in shards]
+        self.shards = [shard.path for shard in found]
+        self.lengths: list[int] = _lengths(found)
         self._ends = np.cumsum(self.lengths, dtype=np.int64)
         self._cached = cached
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
@@ -106,11 +113,20 @@ def open_source(spec: str | Path | Sequence[str | Path]) -> Source:
     In a folder the shards stand in the order of its `pack.json`, else by name with numbers counted as
     numbers. Raises UserError naming what is missing and the nearest names there are.
     """
-    specs = [spec] if isinstance(spec, str | Path) else list(spec)
-    shards = [shard for one in specs for shard in expand_shards(str(one))]
+    shards = expand_shards(spec)
     if not shards:
         raise UserError(f"no shards in {spec!r}: name a folder of *.tar, a glob, or a list of tars")
-    return Source(shards, noted_lengths(shards, specs))
+    return Source(shards)
+
+
+def expand_shards(spec: str | Path | Sequence[str | Path], trust_summary: bool = True) -> list[Shard]:
+    """The tars that folders, globs, brace expressions and names stand for, in order.
+
+    With `trust_summary` a folder's tars must be those its pack.json names; without, they are those that are there.
+    """
+    specs = [spec] if isinstance(spec, str | Path) else list(spec)
+    shards = [shard for one in specs for shard in _expand(str(one), trust_summary)]
+    return _noted(shards) if trust_summary else shards
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
@@ -129,39 +145,38 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     return summary
 
 
-def expand_shards(spec: str, trust_summary: bool = True) -> list[Path]:
-    """The tars that one folder, glob, brace expression or name stands for, in order.
-
-    With `trust_summary` a folder's tars must be those its pack.json names; without, they are those that are
-    there.
-    """
+def _expand(spec: str, trust_summary: bool) -> list[Shard]:
     if "://" in spec or spec.startswith("pipe:"):
         raise UserError(f"{spec}: shards are read from local or mounted folders; copy them to one")
     if Path(spec).is_dir():
         return _in_folder(Path(spec), trust_summary)
     if Path(spec).exists():
-        return [Path(spec)]
+        return [Shard(Path(spec), None)]
     if "{" in spec:
-        from braceexpand import braceexpand
-
-        try:
-            expanded = list(braceexpand(spec))
-        except ValueError as error:
-            raise UserError(f"{spec}: braces do not expand ({error})") from error
+        expanded = _expand_braces(spec)
         if len(expanded) > 1:
-            return [shard for one in expanded for shard in expand_shards(one, trust_summary)]
+            return [shard for one in expanded for shard in _expand(one, trust_summary)]
         spec = expanded[0]
     if re.search(r"[*?\[]", spec):
         found = [Path(name) for name in glob.glob(spec, recursive=True)]
         if found:
-            return sorted(found, key=natural)
+            return [Shard(path, None) for path in sorted(found, key=natural)]
     if not Path(spec).exists():
         raise UserError(f"no shard {spec}{_nearest(Path(spec))}")
-    return [Path(spec)]
+    return [Shard(Path(spec), None)]
 
 
-def _in_folder(folder: Path, trust_summary: bool) -> list[Path]:
-    present = sorted(folder.glob("*.tar"), key=natural)
+def _expand_braces(spec: str) -> list[str]:
+    from braceexpand import braceexpand
+
+    try:
+        return list(braceexpand(spec))
+    except ValueError as error:
+        raise UserError(f"{spec}: braces do not expand ({error})") from error
+
+
+def _in_folder(folder: Path, trust_summary: bool) -> list[Shard]:
+    present = {name for name in os.listdir(folder) if name.endswith(".tar")}
     summary = read_summary(folder) if trust_summary else None
     if summary is not None:
         return _summarised(folder, summary, present)
@@ -169,21 +184,22 @@ def _in_folder(folder: Path, trust_summary: bool) -> list[Path]:
         inner = sorted({path.parent.name for path in folder.glob("*/*.tar")})
         hint = f": did you mean {' or '.join(str(folder / name) for name in inner[:3])}?" if inner else ""
         raise UserError(f"{folder} holds no *.tar{hint or ': make some with python -m pretrain pack'}")
-    return present
+    return [Shard(path, None) for path in sorted((folder / name for name in present), key=natural)]
 
 
-def _summarised(folder: Path, summary: dict[str, Any], present: list[Path]) -> list[Path]:
+def _summarised(folder: Path, summary: dict[str, Any], present: set[str]) -> list[Shard]:
     """The shards that pack.json names, which must be the shards there are."""
-    shards = [folder / shard["name"] for shard in summary["shards"]]
-    for shard in shards:
-        if shard not in present and not shard.exists():
-            raise UserError(f"no shard {shard}, which {folder / SUMMARY} names{_nearest(shard)}")
-    if extra := sorted(set(present) - set(shards)):
+    named = {shard["name"]: int(shard["samples"]) for shard in summary["shards"]}
+    for name in named:
+        if name not in present and not (folder / name).exists():
+            missing = folder / name
+            raise UserError(f"no shard {missing}, which {folder / SUMMARY} names{_nearest(missing)}")
+    if extra := sorted(present - named.keys()):
         raise UserError(
-            f"{folder / SUMMARY} does not name {extra[0].name}{' and others' if len(extra) > 1 else ''}: "
+            f"{folder / SUMMARY} does not name {extra[0]}{' and others' if len(extra) > 1 else ''}: "
             f"write it anew: python -m pretrain pack {folder}"
         )
-    return shards
+    return [Shard(folder / name, samples) for name, samples in named.items()]
 
 
 def natural(path: Path) -> tuple[list[tuple[int, str]], str]:
@@ -202,20 +218,27 @@ def _nearest(missing: Path) -> str:
     return f"; nearest in {folder}: {', '.join(near)}" if near else f" (nothing like it in {folder})"
 
 
-def noted_lengths(shards: Iterable[Path], specs: Iterable[str | Path] = ()) -> dict[Path, int]:
-    """Lengths that pack.json knows: that of each shard's folder, and of each spec that is a folder."""
-    noted: dict[Path, int] = {}
-    folders = {shard.parent for shard in shards} | {Path(spec) for spec in specs if Path(spec).is_dir()}
-    for folder in folders:
-        for shard in (read_summary(folder) or {"shards": []})["shards"]:
-            noted[folder / shard["name"]] = int(shard["samples"])
-    return noted
+def _noted(shards: list[Shard]) -> list[Shard]:
+    """With the lengths that the pack.json of each shard's own folder knows."""
+    folders = {shard.path.parent for shard in shards if shard.samples is None}
+    summaries = {folder: read_summary(folder) or {"shards": []} for folder in folders}
+    known = {
+        folder: {shard["name"]: int(shard["samples"]) for shard in summary["shards"]}
+        for folder, summary in summaries.items()
+    }
+    return [
+        shard
+        if shard.samples is not None
+        else Shard(shard.path, known[shard.path.parent].get(shard.path.name))
+        for shard in shards
+    ]
 
 
-def _lengths(shards: list[Path], known: Mapping[Path, int]) -> list[int]:
-    known = dict(known)
-    unknown = [shard for shard in shards if shard not in known]
-    if unknown:
-        with ThreadPoolExecutor(8) as pool:
-            known |= dict(zip(unknown, pool.map(index_length, unknown)))
-    return [known[shard] for shard in shards]
+def _lengths(shards: list[Shard]) -> list[int]:
+    shards = _noted(shards)
+    unknown = [shard.path for shard in shards if shard.samples is None]
+    if not unknown:
+        return [shard.samples for shard in shards if shard.samples is not None]
+    with ThreadPoolExecutor(8) as pool:
+        counted = dict(zip(unknown, pool.map(index_length, unknown)))
+    return [counted[shard.path] if shard.samples is None else shard.samples for shard in shards]

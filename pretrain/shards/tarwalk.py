@@ -241,6 +241,8 @@ def walk(fd: int, length: int) -> Iterator[Member | Gap]:
             extensions.once = {}
             start, at = at, find_header(fd, at + BLOCK, length) or length
             yield Gap(start, at, *damage.args)
+            if at == length:
+                return
         else:
             if found:
                 yield found

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
@@ -57,7 +57,7 @@ def verify_shard(shard: Path, decode: Decode | None = None, expected: int | None
 def verify_shards(
     shards: Sequence[Path],
     decode: Decode | None = None,
-    expected: dict[Path, int] | None = None,
+    expected: Mapping[Path, int | None] | None = None,
     workers: int | None = None,
 ) -> Iterator[Report]:
     """`verify_shard` of many, as they are done, on `workers` processes (all cores by default)."""

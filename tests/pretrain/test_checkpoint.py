@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import resource
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ from pretrain.checkpoint import (
     open_checkpoint,
     slice_for_rank,
 )
+from pretrain.checkpoint.durable import write_durably
 from pretrain.checkpoint.layout import DTYPES
 from pretrain.errors import UserError
 from tests.ranks import run_ranks
@@ -105,8 +107,6 @@ def test_random_ranges(tmp_path: Path) -> None:
 
 
 def test_a_range_reads_only_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
     save(tmp_path, 1, {"x": torch.zeros(1_000_000)})
     checkpoint, read, real = find_latest(tmp_path), [], os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, bufs, at: read.append(real(fd, bufs, at)) or read[-1])
@@ -390,16 +390,18 @@ def steps(root: Path) -> list[int]:
     return sorted(int(p.name[5:]) for p in root.glob("step_*"))
 
 
-def fail_then_recover(root: Path, error: int, make_room) -> None:
+def fail_then_recover(root: Path, error: int, make_room, file_limit: int = 1 << 30) -> None:
     """Step 2 cannot be written; step 1 stays; step 3 succeeds once there is room, and the torn step 2 is
     gone.
     """
     small, large = {"x": torch.ones(1000)}, {"x": torch.ones(2_000_000)}
-    writer = CheckpointWriter(root, attempt="a")
+    writer = CheckpointWriter(root, attempt="a", file_limit=file_limit)
     writer.save(1, slice_for_rank(small, 0, 1), META)
     writer.wait()
     writer.save(2, slice_for_rank(large, 0, 1), META)
-    with pytest.raises(CheckpointDiskError, match=r"needs 8,000,\d+ bytes") as caught:
+    with pytest.raises(
+        CheckpointDiskError, match=rf"needs {min(8_000_000, file_limit) // 1000:,},\d+ bytes"
+    ) as caught:
         writer.save(3, slice_for_rank(small, 0, 1), META)
     assert caught.value.errno == error
     assert caught.value.filename.startswith(str(root / "step_00000002/data-a-00000"))
@@ -432,9 +434,34 @@ def test_a_full_disk_is_an_error_and_loses_nothing(tmp_path: Path) -> None:
         pytest.skip("this user may not mount a small file system")
     try:
         (disk / "other.bin").write_bytes(bytes(8_000_000))
-        fail_then_recover(disk / "checkpoints", errno.ENOSPC, (disk / "other.bin").unlink)
+        fail_then_recover(disk / "checkpoints", errno.ENOSPC, (disk / "other.bin").unlink, file_limit=1 << 20)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(fd: int, data: memoryview) -> int:
+        raise OSError(errno.EIO, "broken disk")
+
+    write_durably(tmp_path / "f", [b"old"])
+    monkeypatch.setattr(os, "write", refuse)
+    with pytest.raises(CheckpointDiskError, match="broken disk"):
+        write_durably(tmp_path / "f", [b"new"])
+    assert (tmp_path / "f").read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_no_commit_when_a_part_lists_a_file_that_is_not_there(tmp_path: Path) -> None:
+    state = make_state()
+    one = CheckpointWriter(tmp_path, rank=1, world=2, attempt="a")
+    one.save(1, slice_for_rank(state, 1, 2), {})
+    one.wait()
+    data_files(tmp_path, 1)[0].unlink()
+    zero = CheckpointWriter(tmp_path, rank=0, world=2, attempt="a")
+    zero.save(1, slice_for_rank(state, 0, 2), {})
+    with pytest.raises(CheckpointError, match=r"data-a-00001-000.safetensors: missing"):
+        zero.wait()
+    assert find_latest(tmp_path) is None
 
 
 def test_a_rank_that_cannot_write_stops_the_commit_at_once(tmp_path: Path) -> None:
@@ -468,6 +495,17 @@ def test_purge_counts_only_whole_ones(tmp_path: Path) -> None:
         "3 is damaged: 2 is the second whole one, and 3 is left to be looked at"
     )
     data_files(tmp_path, 4)[0].write_bytes(b"")
+    assert find_latest(tmp_path).step == 2
+
+
+def test_a_purge_cut_short_leaves_nothing_that_looks_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # killed before it removed anything
+    for step in (1, 2):
+        save(tmp_path, step, {"x": torch.tensor(step)}, keep_last=1)
+    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+        open_checkpoint(tmp_path / "step_00000001")
     assert find_latest(tmp_path).step == 2
 
 

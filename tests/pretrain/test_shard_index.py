@@ -191,7 +191,10 @@ def test_every_cut_keeps_the_whole_samples_before_it(tmp_path: Path) -> None:
 
 
 def test_joined_tars_are_read_through(tmp_path: Path) -> None:
-    first, second = write_tar(tmp_path / "a.tar", [("a.jpg", b"1")]), write_tar(tmp_path / "b.tar", [("b.jpg", b"2")])
+    first, second = (
+        write_tar(tmp_path / "a.tar", [("a.jpg", b"1")]),
+        write_tar(tmp_path / "b.tar", [("b.jpg", b"2")]),
+    )
     both = tmp_path / "both.tar"
     both.write_bytes(first.read_bytes() + second.read_bytes())
     assert by_index(both) == {"a": {"jpg": b"1"}, "b": {"jpg": b"2"}}
