@@ -2,9 +2,9 @@
 
     python -m benchmarks.contrastive_loss [--rounds 5] [--scale 14.3] [--json PATH]
 
-Bar: at N = 8,192 and D = 512, one thread, float32, at least 1.5 times faster, and bytes that double with N (the
-dense loss: quadruple). Bytes are those of the tensors that autograd is asked to keep, each storage once. The peer's
-are counted on meta tensors, because at 2N its matrices take gigabytes.
+Bar: at N = 8,192 and D = 512, one thread, float32, at least 1.5 times faster, and bytes that double with N
+(the dense loss: quadruple). Bytes are those of the tensors that autograd is asked to keep, each storage once.
+The peer's are counted on meta tensors, because at 2N its matrices take gigabytes.
 """
 
 from __future__ import annotations

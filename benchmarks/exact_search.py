@@ -1,10 +1,10 @@
 """Exact search beside faiss and torch: queries per CPU second, one thread.
 
-    python -m benchmarks.exact_search [--rows 200000] [--dim 256] [--json benchmarks/results/exact_search.json]
+    python -m benchmarks.exact_search [--rows 200000] [--dim 256] [--json FILE]
 
-Bars: at batch 64 at least 4× faiss as it comes; at any batch at least 0.95× the best of faiss (as it comes, and with
-the BLAS threshold set either way) and torch (one product + topk). Our figure includes everything `exact_topk` does:
-checks, float64 re-scoring of the candidates, the certificate.
+Bars: at batch 64 at least 4× faiss as it comes; at any batch at least 0.95× the best of faiss (as it comes,
+and with the BLAS threshold set either way) and torch (one product + topk). Our figure includes everything
+`exact_topk` does: checks, float64 re-scoring of the candidates, the certificate.
 """
 
 from __future__ import annotations

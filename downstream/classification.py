@@ -1,7 +1,7 @@
 """What kNN and zero-shot share: scores of classes -> ranks, accuracies, confusion, and their intervals.
 
-Ties follow one rule everywhere: of equal scores the lower class comes first. Classes without test images have no
-recall and stay out of the mean (as in scikit-learn's balanced accuracy, which CLIP_benchmark reports).
+Ties follow one rule everywhere: of equal scores the lower class comes first. Classes without test images have
+no recall and stay out of the mean (as in scikit-learn's balanced accuracy, which CLIP_benchmark reports).
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def answer(
 
 
 def metrics(answers: Answers) -> dict[str, float | None]:
-    """acc1, acc5 and mean_per_class_recall; acc5 is None with fewer than five classes, all None without images."""
+    """acc1, acc5 and mean_per_class_recall; acc5 is None with fewer than five classes, all None without
+    images.
+    """
     figures = _figures(answers, np.ones(len(answers.labels)))
     return {k: None if np.isnan(v) else float(v) for k, v in zip(NAMES, figures)}
 

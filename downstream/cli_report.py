@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="DIR",
-        help="folders or files of results, of this run, of the untrained encoder, of controls (default: RUN/results)",
+        help="results of this run, the untrained encoder, controls: folders or files (default: RUN/results)",
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="the page to write, e.g. report.html"

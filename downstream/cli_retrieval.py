@@ -1,4 +1,4 @@
-"""Do captions find their images, and images their captions? Recall at 1, 5, 10 (Flickr and COCO convention)."""
+"""Do captions find their images, and images their captions? Recall at 1, 5, 10, as on Flickr and COCO."""
 
 from __future__ import annotations
 

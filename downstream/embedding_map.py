@@ -63,7 +63,7 @@ def clusters(vectors: np.ndarray, *, seed: int = 0) -> np.ndarray:
 def as_picture(
     vectors: np.ndarray, kinds: np.ndarray, names: list[str], thumbnails: list, *, by: str, seed: int = 0
 ) -> dict[str, Any]:
-    """The map as the report reads it. `kinds` (n,) class or cluster; `thumbnails`: a data URI or None each."""
+    """The map as the report reads it. `kinds` (n,): class or cluster; `thumbnails`: data URIs or None."""
     places, method = layout(vectors, seed=seed)
     points = [
         [round(float(x), 4), round(float(y), 4), int(k), t] for (x, y), k, t in zip(places, kinds, thumbnails)

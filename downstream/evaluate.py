@@ -1,7 +1,7 @@
 """The evaluations end to end: encoder and shards in, a result and its pictures out.
 
-Called by all ranks together; the vectors and ranks are computed over ranks, intervals and pictures on the first
-rank alone, the only one that gets a result.
+Called by all ranks together; the vectors and ranks are computed over ranks, intervals and pictures on the
+first rank alone, the only one that gets a result.
 """
 
 from __future__ import annotations

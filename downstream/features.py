@@ -1,9 +1,10 @@
-"""A source's images and captions as unit vectors, over ranks: each encodes a share, and all hold the whole, in order.
+"""A source's images and captions as unit vectors, over ranks: each encodes a share, and all hold the whole,
+in order.
 
-What is shared out are whole batches of a fixed size (the last is filled up and cut again), so that every batch is
-the same at any number of ranks, and so is every vector, to the last bit. Each distinct text is encoded once: equal
-captions have equal vectors, and ties stay ties.
-A sample that cannot be read is masked (its row is zero, `whole` is False), named in the log, and counted.
+What is shared out are whole batches of a fixed size (the last is filled up and cut again), so that every
+batch is the same at any number of ranks, and so is every vector, to the last bit. Each distinct text is
+encoded once: equal captions have equal vectors, and ties stay ties. A sample that cannot be read is masked
+(its row is zero, `whole` is False), named in the log, and counted.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def _gather(
     group: Group,
     dtype: torch.dtype = torch.float32,
 ) -> np.ndarray:
-    """All ranks' batches (rows, width) as (n, width) on every rank, what the last was filled up with cut off."""
+    """All ranks' batches (rows, width) as (n, width) on every rank, without what fills up the last."""
     device = weights.encoder.device
     local = (
         torch.stack(parts).to(device) if parts else torch.zeros(0, rows, width, dtype=dtype, device=device)
@@ -132,7 +133,9 @@ def _gather(
 
 
 def _encode(weights: Weights, pixels: list[Tensor | None], output: Output) -> tuple[Tensor, list[bool]]:
-    """Vectors (IMAGE_ROWS, D) and which of the images were whole; a damaged one goes in black and comes out zero."""
+    """Vectors (IMAGE_ROWS, D) and which of the images were whole; a damaged one goes in black and comes out
+    zero.
+    """
     size = weights.encoder.image_size
     black = torch.zeros(3, size, size, dtype=torch.uint8)
     batch = _filled(torch.stack([black if p is None else p for p in pixels]), IMAGE_ROWS)

@@ -1,8 +1,10 @@
-"""Weighted nearest-neighbour classification of frozen features: nothing is trained, so it shows the features alone.
+"""Weighted nearest-neighbour classification of frozen features: nothing is trained, so it shows the features
+alone.
 
-Each of the k nearest training images votes for its class with exp(similarity / T). Two protocols are in use and
-their figures do not compare, so both are reported: k = 20, T = 0.07 (DINO, Caron et al. 2021) and k = 200, T = 0.1
-(Wu et al. 2018; lightly). A class without a vote is never an answer (DINO's code lets it fill up the five best).
+Each of the k nearest training images votes for its class with exp(similarity / T). Two protocols are in use
+and their figures do not compare, so both are reported: k = 20, T = 0.07 (DINO, Caron et al. 2021) and k =
+200, T = 0.1 (Wu et al. 2018; lightly). A class without a vote is never an answer (DINO's code lets it fill up
+the five best).
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ def vote(similarity: np.ndarray, neighbours: np.ndarray, size: int, temperature:
 def nearest(queries: np.ndarray, bank: np.ndarray, k: int, *, device="auto", group: Group = None):
     """The k nearest rows of `bank` (N, D) for each of `queries` (Q, D), each rank searching a share.
 
-    Unit rows. Returns cosines (Q, k) float32 and rows (Q, k) int64 on every rank; of equal ones the lower row first.
+    Unit rows. Returns cosines (Q, k) float32 and rows (Q, k) int64 on every rank; of equal ones the lower row
+    first.
     """
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     lo, hi = shard_rows(len(queries), group)
@@ -66,7 +69,8 @@ def classify(
 ) -> Answers:
     """Answers of one protocol from the nearest neighbours (Q, ≥ k), sorted; k beyond their number takes all.
 
-    `neighbours`: their classes; `labels` (Q,): right classes, all below `size`; `classes`: how many a vote can name.
+    `neighbours`: their classes; `labels` (Q,): right classes, all below `size`; `classes`: how many a vote
+    can name.
     """
     k = min(protocol.k, similarity.shape[1])
     ranks, predicted = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]

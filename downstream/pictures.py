@@ -1,6 +1,8 @@
-"""What a person looks at beside the figures: examples, neighbours, confusions, a map. Written as data, drawn by the report.
+"""What a person looks at beside the figures: examples, neighbours, confusions, a map. Written as data, drawn
+by the report.
 
-Examples are drawn at random from all queries, never by success: picked ones would show what the picker wished.
+Examples are drawn at random from all queries, never by success: picked ones would show what the picker
+wished.
 """
 
 from __future__ import annotations
@@ -181,10 +183,10 @@ def confusion(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
     worst = [divmod(int(i), answers.size) for i in np.argsort(-wrong, axis=None, kind="stable")[:WORST]]
     seen = np.flatnonzero(counts.sum(0) + counts.sum(1))
     return {
-        "classes": [names[i] for i in seen],
+        "classes": [names[int(i)] for i in seen],
         "counts": counts[np.ix_(seen, seen)].tolist() if len(seen) <= MOST_CLASSES else None,
         "mistakes": [[names[r], names[p], int(wrong[r, p]), int(shown[r])] for r, p in worst if wrong[r, p]],
-        "recalls": [[names[i], float(recall[i]), int(shown[i])] for i in present],
+        "recalls": [[names[int(i)], float(recall[i]), int(shown[i])] for i in present],
     }
 
 

@@ -1,8 +1,9 @@
-"""One evaluation's result as a file: the JSON that CLIP_benchmark writes and reads, and what it lacks beside it.
+"""One evaluation's result as a file: the JSON that CLIP_benchmark writes and reads, and what it lacks beside
+it.
 
 CLIP_benchmark's `build` takes every `*.json` of a folder and needs `dataset`, `model`, `pretrained`, `task`,
-`metrics` and `language`; further keys become further columns. So intervals, chance levels and provenance stand
-beside `metrics`, and pictures stand in the folder `pictures/`, which `build` does not enter.
+`metrics` and `language`; further keys become further columns. So intervals, chance levels and provenance
+stand beside `metrics`, and pictures stand in the folder `pictures/`, which `build` does not enter.
 
 Does not hold embeddings: those belong to `index embed`.
 """
@@ -41,7 +42,7 @@ class Result:
 
     @property
     def stem(self) -> str:
-        """The file name without ending: task, data set and weights, so that no two results of a run collide."""
+        """The file name without ending: task, data set and weights, so that no two results collide."""
         return slug(f"{self.task}_{self.dataset}_{self.pretrained}")
 
     def as_dict(self) -> dict[str, Any]:
@@ -85,10 +86,14 @@ def read(path: Path) -> Result:
         raise UserError(
             f"{path}: not an evaluation result: lacks {', '.join(lacking) or 'a table of metrics'}"
         )
-    known = {k: v for k, v in data.items() if k in Result.__dataclass_fields__ and v is not None}
-    result = Result(**known)
-    result.metrics = {k: _number(v) for k, v in result.metrics.items()}
+    names: dict[str, Any] = {k: str(data[k]) for k in ("dataset", "model", "pretrained", "task")}
+    tables: dict[str, Any] = {
+        k: data[k] for k in ("intervals", "chance", "details") if isinstance(data.get(k), dict)
+    }
+    result = Result(**names, **tables, metrics={k: _number(v) for k, v in data["metrics"].items()})
+    result.language = str(data.get("language") or "en")
     result.intervals = {k: v for k, v in result.intervals.items() if _is_interval(v)}
+    result.chance = {k: v for k, v in result.chance.items() if _number(v) is not None}
     return result
 
 
@@ -98,13 +103,14 @@ def read_pictures(result: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text("utf-8"))
+        data = json.loads(path.read_text("utf-8"))
     except ValueError as e:
         raise UserError(f"{path}: not a readable JSON file ({e}); run the evaluation again") from e
+    return data if isinstance(data, dict) else {}
 
 
 def _number(value: Any) -> float | None:
-    """A metric as a finite number, or None: CLIP_benchmark writes NaN for what is undefined, and lists for some."""
+    """A metric as a finite number, or None: CLIP_benchmark writes NaN and, for some, lists."""
     if isinstance(value, (int, float)) and math.isfinite(value):
         return float(value)
     return None

@@ -1,8 +1,9 @@
 """Image-text retrieval in the five-caption convention of Flickr and COCO (Karpathy's splits).
 
-`image_retrieval_recall@K`: a caption's own image is among the K nearest images. `text_retrieval_recall@K`: any of an
-image's captions is among the K nearest captions (not all of them). Both as CLIP_benchmark and open_clip count, with a
-stated rule for ties: rank = 1 + strictly nearer + equally near with a lower number. No Q × N matrix is ever held.
+`image_retrieval_recall@K`: a caption's own image is among the K nearest images. `text_retrieval_recall@K`:
+any of an image's captions is among the K nearest captions (not all of them). Both as CLIP_benchmark and
+open_clip count, with a stated rule for ties: rank = 1 + strictly nearer + equally near with a lower number.
+No Q × N matrix is ever held.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def rank(
 ) -> Ranks:
     """Ranks of all captions and images, on every rank; each rank counts for a share of the queries.
 
-    `images` (N, D) and `texts` (Q, D) unit rows, `owner` (Q,) the image of each caption. All equal on every rank.
+    `images` (N, D) and `texts` (Q, D) unit rows, `owner` (Q,) the image of each caption. All equal on every
+    rank.
     """
     asked, query = np.unique(owner, return_inverse=True)
     captions = np.arange(len(texts))
@@ -50,17 +52,19 @@ def _ranks(query: np.ndarray, gallery: np.ndarray, positives: np.ndarray, device
         for x in (query, gallery)
     ]
     pairs = torch.from_numpy(positives.astype(np.int64)).to(device)
-    local = contrastive_ranks(*own, pairs, group=group)
+    local = contrastive_ranks(own[0], own[1], pairs, group=group)
     return gather_rows(local, len(query), group).cpu().numpy()
 
 
-def metrics(ranks: Ranks) -> dict[str, float]:
+def metrics(ranks: Ranks) -> dict[str, float | None]:
     """Recalls at 1, 5, 10 and the median rank, both ways."""
     return dict(zip(NAMES, map(float, _figures(ranks, np.ones(len(ranks.image)), np.ones(len(ranks.text))))))
 
 
 def intervals(ranks: Ranks, *, seed: int = 0) -> dict[str, list[float]]:
-    """95 % intervals by bootstrap over images, each drawn with all its captions, for these are no independent queries."""
+    """95 % intervals by bootstrap over images, each drawn with all its captions, for these are no independent
+    queries.
+    """
     _, image = np.unique(ranks.owner, return_inverse=True)
     everyone = np.arange(len(ranks.text))
 
@@ -74,7 +78,9 @@ def intervals(ranks: Ranks, *, seed: int = 0) -> dict[str, list[float]]:
 
 
 def chance(ranks: Ranks) -> dict[str, float]:
-    """What a random order gives: a caption has 1 right image of N; an image has as many right captions as it has."""
+    """What a random order gives: a caption has 1 right image of N; an image has as many right captions as it
+    has.
+    """
     captions = len(ranks.owner)
     own = np.unique(ranks.owner, return_counts=True)[1]
     image = {f"image_retrieval_recall@{k}": min(k / ranks.images, 1.0) for k in AT}

@@ -1,6 +1,8 @@
-"""Samples of a source read in their own order: image bytes, captions and class number, without shuffling or crops.
+"""Samples of a source read in their own order: image bytes, captions and class number, without shuffling or
+crops.
 
-Training reads through `pretrain.reader`, which permutes; an evaluation wants every sample once, in file order.
+Training reads through `pretrain.reader`, which permutes; an evaluation wants every sample once, in file
+order.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ SPLITS = {"train", "test", "val", "valid", "validation", "dev"}
 
 
 class Samples:
-    """The samples of a source by their place in its line. Opens a shard at a time; not for several threads."""
+    """The samples of a source by their place in its line. Opens a shard at a time, for one thread."""
 
     def __init__(self, spec: str) -> None:
         self.spec = spec
@@ -57,7 +59,9 @@ class Samples:
         return self._read(sample, *members[found])
 
     def captions(self, sample: int) -> list[str]:
-        """The sample's captions, one a line of its `txt`; empty lines are none. DamagedSample where not UTF-8."""
+        """The sample's captions, one a line of its `txt`; empty lines are none. DamagedSample where not
+        UTF-8.
+        """
         members = self._members(sample)
         if "txt" not in members:
             return []

@@ -1,7 +1,7 @@
 """The encoder an evaluation is of: a checkpoint's, or its architecture before any training.
 
-`Encoder` answers with unit embeddings; the kNN protocol wants what lies before the projection. So the trunk is kept
-at hand here and asked for either.
+`Encoder` answers with unit embeddings; the kNN protocol wants what lies before the projection. So the trunk
+is kept at hand here and asked for either.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Weights:
 
     @torch.inference_mode()
     def image_features(self, images: Tensor, output: Output) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, D) float32 unit rows on the encoder's device: embedding, or pooled before it."""
+        """(B, 3, S, S) uint8 -> (B, D) float32 unit rows on the encoder's device: embedding, or pooled before
+        it.
+        """
         request = FeatureRequest("image", "image", output)
         features = self.trunk({request: images.to(self.encoder.device)})[request]
         return F.normalize(features.float(), dim=-1)
@@ -57,11 +59,13 @@ class Weights:
         return {"run": self.run, "step": self.step, "role": role, "fingerprint": self.encoder.fingerprint}
 
 
-def open_weights(path: Path, *, untrained: bool, device: str = "auto", name: str | None = None) -> Weights:
+def open_weights(
+    path: Path, *, untrained: bool, device: str | torch.device = "auto", name: str | None = None
+) -> Weights:
     """The encoder of a run folder (its newest whole checkpoint), a checkpoints folder, or one step's folder.
 
-    `untrained`: the same architecture with the weights the run began with (recipe and seed are the checkpoint's).
-    `name`: what the result calls it; else "RUN@step_00000100" or "untrained".
+    `untrained`: the same architecture with the weights the run began with (recipe and seed are the
+    checkpoint's). `name`: what the result calls it; else "RUN@step_00000100" or "untrained".
 
     Raises:
         UserError: no whole checkpoint there, or it does not say which model it holds.

@@ -1,7 +1,8 @@
 """Zero-shot classification: an image takes the class whose written name lies nearest to it.
 
-The convention of CLIP (Radford et al. 2021, §3.1.4) as CLIP_benchmark runs it: each class name is put into every
-template, each text's vector is brought to unit length, the templates' mean is taken and brought to unit length again.
+The convention of CLIP (Radford et al. 2021, §3.1.4) as CLIP_benchmark runs it: each class name is put into
+every template, each text's vector is brought to unit length, the templates' mean is taken and brought to unit
+length again.
 """
 
 from __future__ import annotations

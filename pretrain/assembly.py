@@ -22,7 +22,7 @@ from pretrain.blocks import Blocks, Sample
 from pretrain.order import SampleOrder
 from pretrain.philox import uniforms
 from pretrain.samples import NO_LABEL, draw_caption, image_bytes, label
-from pretrain.views.decode import DamagedSample, decode
+from pretrain.views.decode import DamagedSample, Scratch, decode
 from pretrain.views.geometry import UNIFORMS, random_resized_crop
 from pretrain.views.spec import ImageView, TextView
 from pretrain.views.tokenizer import ClipTokenizer
@@ -43,6 +43,7 @@ class Plan:
     rank: int
     world: int
     max_pixels: int
+    scratch: Scratch
 
 
 class Job:
@@ -112,7 +113,9 @@ class Job:
     def _fill_row(self, row: int, sample: Sample) -> None:
         try:
             if self._of.image_views:
-                pixels = decode(image_bytes(sample.members), max_pixels=self._of.max_pixels)
+                pixels = decode(
+                    image_bytes(sample.members), max_pixels=self._of.max_pixels, scratch=self._of.scratch
+                )
                 for view in self._of.image_views:
                     np.copyto(
                         self._images[view.name][row],

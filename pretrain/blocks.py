@@ -145,8 +145,9 @@ class Blocks:
             ) from error
         if len(data) < stop - start:
             raise UserError(
-                f"shard {sample.shard} ends at byte {start + len(data)}, inside sample {sample.key}: cut short "
-                f"after it was indexed. Restore it, or note it anew: python -m pretrain pack {sample.shard.parent}"
+                f"shard {sample.shard} ends before byte {stop}, which its index names (from sample "
+                f"{sample.key} on): it was cut short after it was indexed. Restore it, or note it anew: "
+                f"python -m pretrain pack {sample.shard.parent}"
             )
         with self._lock:
             self.reads += 1

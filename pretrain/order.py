@@ -182,15 +182,9 @@ class SampleOrder:
         long = int(self._sizes.max()) > self.lanes * self.window
         if self.lanes < FEW_LANES and self._share > 1 and long:
             log.warning(
-                "global batch %d gives only %d lanes (its largest divisor up to %d), %d rows each: "
-                "neighbours of a shard will meet often; a multiple of %d is shuffled better",
-                *(
-                    self.global_batch,
-                    self.lanes,
-                    min(MAX_LANES, int(self._sizes.min())),
-                    self._share,
-                    FEW_LANES,
-                ),
+                f"global batch {self.global_batch} gives only {self.lanes} lanes (its largest divisor up to "
+                f"{MAX_LANES} and to the smallest source), {self._share} rows each: neighbours of a "
+                f"shard will meet often; a multiple of {FEW_LANES} is shuffled better"
             )
 
 

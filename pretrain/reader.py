@@ -24,7 +24,7 @@ from pretrain.errors import UserError
 from pretrain.order import SampleOrder
 from pretrain.samples import wanted_extensions
 from pretrain.shards.source import Source
-from pretrain.views.decode import MAX_PIXELS
+from pretrain.views.decode import MAX_PIXELS, Scratch
 from pretrain.views.spec import ImageView, TextView
 from pretrain.views.tokenizer import ClipTokenizer
 
@@ -70,6 +70,7 @@ class Reader:
             rank,
             world,
             max_pixels,
+            Scratch(),
         )
         self.order = order
         self._prefetch = prefetch
@@ -144,11 +145,9 @@ def _check(image_views, text_views, tokenizer, threads: int, prefetch: int) -> N
     names = [view.name for view in (*image_views, *text_views)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(
-            f"two views are named {', '.join(twice)}: random numbers go by a view's name, so each needs its own"
+            f"two views are named {', '.join(twice)}: random numbers go by the name, so each needs its own"
         )
     if text_views and tokenizer is None:
         raise UserError("text views need a tokenizer")
     if threads < 1 or prefetch < 0:
-        raise UserError(
-            f"threads must be at least 1 and prefetch at least 0, got {threads} and {prefetch}"
-        )
+        raise UserError(f"threads must be at least 1 and prefetch at least 0, got {threads} and {prefetch}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from downstream.report.markup import esc, number
 
@@ -40,7 +41,8 @@ def curve(points: Sequence[tuple[float, float]], name: str) -> str:
         f"{drawn}{one}"
         f'<line class="cross" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="var(--soft)" style="display:none"/>'
         f'<text x="{LEFT}" y="{HEIGHT - 6}">{number(x_low)}</text>'
-        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">step {number(points[-1][0])}</text></svg>'
+        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">'
+        f"step {number(points[-1][0])}</text></svg>"
     )
 
 
@@ -53,7 +55,7 @@ def _path(dots: Sequence[tuple[float, float]], opacity: float) -> str:
 
 
 def running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Each value replaced by the mean of its neighbourhood, a twentieth of the curve to both sides together."""
+    """Each value replaced by the mean of its neighbourhood, a twentieth of the curve wide."""
     reach = max(1, len(points) // 40)
     total = [0.0]
     for _, value in points:
@@ -79,7 +81,7 @@ def thin(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, 
     stretches = (most - 2) // 2
     edges = [1 + round(i * (len(points) - 2) / stretches) for i in range(stretches + 1)]
     kept = [points[0]]
-    for lo, hi in zip(edges, edges[1:]):
+    for lo, hi in pairwise(edges):
         part = points[lo:hi]
         ends = {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])} if part else set()
         kept += sorted(ends)
@@ -87,7 +89,7 @@ def thin(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, 
 
 
 def scale(values: Sequence[float], ticks: int = 4) -> list[float]:
-    """Round numbers that span the values: about `ticks` equal steps of 1, 2, 2.5 or 5 times a power of ten."""
+    """Round numbers that span the values: about `ticks` steps of 1, 2, 2.5 or 5 times a power of ten."""
     low, high = min(values), max(values)
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-300):
         pad = abs(low) * 0.1 or 1.0

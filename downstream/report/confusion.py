@@ -24,14 +24,16 @@ def matrix(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
                   for j, count in enumerate(row)]  # fmt: skip
     side_x, side_y = left + n * cell + 50, top + n * cell + 6
     return (
-        f'<svg viewBox="0 0 {side_x} {side_y}" style="max-width:{side_x}px" role="img" aria-label="confusion matrix">'
-        f'{"".join(parts)}<text x="{left - 8}" y="14" text-anchor="end">right ↓ / predicted →</text></svg>'
+        f'<svg viewBox="0 0 {side_x} {side_y}" style="max-width:{side_x}px" role="img"'
+        ' aria-label="confusion matrix">'
+        f'{"".join(parts)}<text x="2" y="14">right ↓ / predicted →</text></svg>'
     )
 
 
 def _label(x: float, y: float, name: str, anchor: str, turned: bool = False) -> str:
     turn = f' transform="rotate(-45 {x} {y})"' if turned else ""
-    return f'<text x="{x}" y="{y}" text-anchor="{anchor}"{turn}>{esc(short(name, 14))}<title>{esc(name)}</title></text>'
+    title = f"<title>{esc(name)}</title>"
+    return f'<text x="{x}" y="{y}" text-anchor="{anchor}"{turn}>{esc(short(name, 14))}{title}</text>'
 
 
 def _cell(x, y, size, count, total, diagonal, right, predicted, n) -> str:
@@ -40,20 +42,26 @@ def _cell(x, y, size, count, total, diagonal, right, predicted, n) -> str:
     told = f"{right} → {predicted}: {count} of {total} ({share(part)})"
     number = ""
     if n <= NUMBERS_UP_TO and count:
-        strong = ";fill:#fff" if part > 0.55 and diagonal else ";fill:var(--ink)"
-        number = f'<text x="{x + size / 2}" y="{y + size / 2 + 4}" text-anchor="middle" style="pointer-events:none{strong}">{count}</text>'
+        ink = "#fff" if part > 0.55 and diagonal else "var(--ink)"
+        number = (
+            f'<text x="{x + size / 2}" y="{y + size / 2 + 4}" text-anchor="middle"'
+            f' style="pointer-events:none;fill:{ink}">{count}</text>'
+        )
+    box = f'<rect x="{x}" y="{y}" width="{size - 1}" height="{size - 1}" rx="2"'
     return (
-        f'<rect x="{x}" y="{y}" width="{size - 1}" height="{size - 1}" rx="2" fill="var(--grid)"/>'
-        f'<rect x="{x}" y="{y}" width="{size - 1}" height="{size - 1}" rx="2" fill="{colour}" fill-opacity="{part:.3f}">'
+        f'{box} fill="var(--grid)"/>{box} fill="{colour}" fill-opacity="{part:.3f}">'
         f"<title>{esc(told)}</title></rect>{number}"
     )
 
 
 def mistakes(pairs: Sequence[Sequence], most: int = 10) -> str:
-    """The pairs most often mistaken; `pairs` are [right class, predicted class, count, images of the right class]."""
+    """The pairs most often mistaken; `pairs` are [right class, predicted class, count, images of the right
+    class].
+    """
     rows = "".join(
         f"<tr><td style='text-align:left'>{isolated(short(right, 40))}</td>"
-        f"<td style='text-align:left'>{isolated(short(predicted, 40))}</td><td>{count:,}</td><td>{share(count / total)}</td></tr>"
+        f"<td style='text-align:left'>{isolated(short(predicted, 40))}</td>"
+        f"<td>{count:,}</td><td>{share(count / total)}</td></tr>"
         for right, predicted, count, total in pairs[:most]
     )
     return (

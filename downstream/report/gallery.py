@@ -1,4 +1,6 @@
-"""Pictures a person judges by: what a caption found, what a photograph found, and an image's nearest neighbours."""
+"""Pictures a person judges by: what a caption found, what a photograph found, and an image's nearest
+neighbours.
+"""
 
 from __future__ import annotations
 
@@ -16,30 +18,31 @@ def captions(examples: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _caption(example: Mapping[str, Any]) -> str:
-    return (
-        f'<div class="query"><div><blockquote>{isolated(short(example.get("text", ""), CAPTION_LENGTH))}</blockquote>'
-        f"<p>{_place(example.get('rank'), example.get('of'))}</p></div>{_found(example.get('found', ()))}</div>"
-    )
+    text = isolated(short(example.get("text", ""), CAPTION_LENGTH))
+    place = _place(example.get("rank"), example.get("of"), "own photograph")
+    found = _found(example.get("found", ()))
+    return f'<div class="query"><div><blockquote>{text}</blockquote><p>{place}</p></div>{found}</div>'
 
 
-def photographs(examples: Sequence[Mapping[str, Any]]) -> str:
-    """Photographs and the captions they found, best first, their own captions marked."""
-    return "".join(_photograph(e) for e in examples)
+def photographs(examples: Sequence[Mapping[str, Any]], own: str = "own caption") -> str:
+    """Photographs and the texts they found, best first, the right ones marked; `own`: what a right one is."""
+    return f'<div class="pairs">{"".join(_photograph(e, own) for e in examples)}</div>' if examples else ""
 
 
-def _photograph(example: Mapping[str, Any]) -> str:
+def _photograph(example: Mapping[str, Any], own: str) -> str:
     texts = "".join(
         f"<li{_right(t)}>{isolated(short(t.get('text', ''), CAPTION_LENGTH))}</li>"
         for t in example.get("found", ())
     )
     return (
         f'<div class="query"><div class="asked">{image(example.get("src"), example.get("name", ""))}'
-        f'<p>{_place(example.get("rank"), example.get("of"))}</p></div><ol class="texts">{texts}</ol></div>'
+        f"<p>{_place(example.get('rank'), example.get('of'), own)}</p></div>"
+        f'<ol class="texts">{texts}</ol></div>'
     )
 
 
 def neighbours(examples: Sequence[Mapping[str, Any]]) -> str:
-    """Images and their nearest neighbours; where there are labels, neighbours of the same class are framed."""
+    """Images and their nearest neighbours; of labelled ones, neighbours of the same class are framed."""
     return "".join(_neighbours(e) for e in examples)
 
 
@@ -74,9 +77,9 @@ def _right(text: Mapping[str, Any]) -> str:
     return ' class="right"' if text.get("right") else ""
 
 
-def _place(rank: Any, of: Any) -> str:
+def _place(rank: Any, of: Any, own: str) -> str:
     if not isinstance(rank, int):
         return ""
     kind = "right" if rank == 1 else ""
     among = f" of {of:,}" if isinstance(of, int) else ""
-    return f'<span class="tag {kind}">its own at place {rank:,}{among}</span>'
+    return f'<span class="tag {kind}">{own} at place {rank:,}{among}</span>'

@@ -41,12 +41,12 @@ TASKS = {
     ),
     "knn": Task(
         "Nearest-neighbour classification",
-        "Each test image takes the class its nearest labelled images vote for; nothing is trained on the labels.",
+        "Each test image takes the class its nearest labelled images vote for; no label was trained on.",
         ("k20_acc1", "k200_acc1"),
     ),
 }
 
-_CLASS_MEAN = "The share of right answers of each class, averaged over classes: rare classes weigh as much as common ones."
+_CLASS_MEAN = "The share of right answers of each class, averaged: rare classes weigh as much as common ones."
 
 _PATTERNS: tuple[tuple[str, Meaning], ...] = (
     (

@@ -1,7 +1,8 @@
-"""Text into HTML, safely: everything a data set or a log says passes through here before it stands in the page.
+"""Text into HTML, safely: everything a data set or a log says passes through here before it stands in the
+page.
 
-Captions come from the web. They may hold markup, control characters, half of a surrogate pair, or marks that turn
-the direction of the text after them; none of that may change the page around them.
+Captions come from the web. They may hold markup, control characters, half of a surrogate pair, or marks that
+turn the direction of the text after them; none of that may change the page around them.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def number(value: float | None) -> str:
     """A figure of unknown size in about four digits: 5e-05, 0.0012, 1.234, 56.71, 12,345."""
     if value is None or not math.isfinite(value):
         return "–"
-    if value == 0 or float(value).is_integer() and abs(value) < 1e15:
+    if float(value).is_integer() and abs(value) < 1e15:
         return f"{value:,.0f}"
     if abs(value) < 1e-4 or abs(value) >= 1e6:
         mantissa, power = f"{value:.2e}".split("e")

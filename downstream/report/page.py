@@ -1,7 +1,7 @@
 """The report: one HTML file that opens without a server and without a network, pictures and script inside.
 
-Written by hand as strings: the page has six kinds of block, and a template language would be one more thing to
-install. Everything that comes from data passes `markup` on its way in.
+Written by hand as strings: the page has six kinds of block, and a template language would be one more thing
+to install. Everything that comes from data passes `markup` on its way in.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Found:
 
 
 def collect(places: Iterable[Path]) -> Found:
-    """The results in these folders and files. A file that is no result is passed over and named in the report.
+    """The results in these folders and files. A file that is no result is passed over and named in the
+    report.
 
     Raises:
         UserError: a place does not exist.
@@ -92,19 +93,21 @@ def page(
     moment = (when or datetime.datetime.now(datetime.UTC)).strftime("%Y-%m-%d %H:%M UTC")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="referrer" content="no-referrer">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<meta name="referrer" content="no-referrer">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
         f"<title>{esc(run)} · report</title><style>{CSS}</style></head><body>"
         f"<header><div><h1>{isolated(run)}</h1>{_facts(facts)}{_navigation(done)}</div></header>"
-        f"<main>{''.join(body)}</main><footer>Written {moment}. This file is complete: nothing is loaded.</footer>"
+        f"<main>{''.join(body)}</main>"
+        f"<footer>Written {moment}. This file is complete: nothing is loaded.</footer>"
         f'<div id="tip"></div><script>{JS}</script></body></html>\n'
     )
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
     shown = "".join(
-        f"<div><dt>{esc(name)}</dt><dd>{isolated(number(v) if isinstance(v, float) else f'{v:,}' if isinstance(v, int) else v)}</dd></div>"
+        f"<div><dt>{esc(name)}</dt><dd>{isolated(number(v) if isinstance(v, int | float) else v)}</dd></div>"
         for name, v in facts.items()
         if v is not None
     )
@@ -140,22 +143,19 @@ def _how_to_read(done: Sequence[Evaluation], found: Found) -> str:
         }
     )
     lines = [
-        "Chance is what guessing gives: with 200 photographs a caption finds its own first by luck once in 200.",
-        "Untrained is the same architecture with random weights: what it reaches is owed to the architecture and to the "
-        "data (colours, layout), not to training.",
-        "Two results whose intervals do not overlap differ by more than the choice of these test images explains; "
-        "training again with another seed moves figures too, and is not in the interval.",
+        "Chance is what guessing gives: of 200 photographs a caption finds its own first once in 200.",
+        "Untrained is the same architecture with random weights: what it reaches is owed to the "
+        "architecture and to the data (colours, layout), not to training.",
+        "Two results whose intervals do not overlap differ by more than the choice of these test images "
+        "explains; training again with another seed moves figures too, and is not in the interval.",
         *(f"Intervals: {m}." for m in methods),
         *(f"Passed over: {p}" for p in found.passed_over),
     ]
-    sources = "".join(
-        f"<li>{isolated(c.name)}: {isolated(c.result.model)}, {isolated(c.result.details.get('features', 'embedding'))} features"
-        f"{_fingerprint(c.result)}</li>"
-        for c in _weights(done)
-    )
+    sources = "".join(f"<li>{_encoder(c.name, c.result)}</li>" for c in _weights(done))
     items = "".join(f"<li>{isolated(line)}</li>" for line in lines)
     weights = f"<h3>Encoders</h3><ul class='notes soft'>{sources}</ul>" if sources else ""
-    return f'<h2 id="reading">How to read this</h2><div class="card"><ul class="notes">{items}</ul>{weights}</div>'
+    title = '<h2 id="reading">How to read this</h2>'
+    return f'{title}<div class="card"><ul class="notes">{items}</ul>{weights}</div>'
 
 
 def _weights(done: Sequence[Evaluation]) -> list[Column]:
@@ -167,6 +167,9 @@ def _weights(done: Sequence[Evaluation]) -> list[Column]:
     return list(seen.values())
 
 
-def _fingerprint(result: Result) -> str:
+def _encoder(name: str, result: Result) -> str:
+    features = result.details.get("features")
+    parts = [result.model, *([f"{features} features"] if features else [])]
     mark = result.details.get("fingerprint")
-    return f", fingerprint <code>{esc(str(mark)[:16])}</code>" if mark else ""
+    shown = f", fingerprint <code>{esc(str(mark)[:16])}</code>" if mark else ""
+    return f"{isolated(name)}: {isolated(', '.join(parts))}{shown}"

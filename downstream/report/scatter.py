@@ -27,8 +27,10 @@ def _figure(title: str, data: Mapping[str, Any]) -> str:
     circles = "".join(_circle(p, names) for p in points if _sound(p))
     told = f"{data.get('method', '')} of {len(points):,} images, coloured by {data.get('by', 'class')}"
     return (
-        f'<figure style="margin:0"><h3>{isolated(title)}</h3><svg class="map" viewBox="0 0 {SIDE_X} {SIDE_Y}" role="img"'
-        f' aria-label="embedding map">{circles}</svg><figcaption>{esc(told)}</figcaption></figure>'
+        f'<figure style="margin:0"><h3>{isolated(title)}</h3>'
+        f'<svg class="map" viewBox="0 0 {SIDE_X} {SIDE_Y}" role="img" aria-label="embedding map">'
+        f"{circles}</svg>"
+        f"<figcaption>{esc(told)}</figcaption></figure>"
     )
 
 
@@ -59,7 +61,8 @@ def colour(kind: int, kinds: int) -> str:
 def _legend(data: Mapping[str, Any], anchor: str) -> str:
     names = data.get("classes", [])
     keys = "".join(
-        f'<span data-class="{i}"><i class="key" style="background:{colour(i, len(names))}"></i>{isolated(short(n, 24))}</span>'
+        f'<span data-class="{i}"><i class="key" style="background:{colour(i, len(names))}"></i>'
+        f"{isolated(short(n, 24))}</span>"
         for i, n in enumerate(names[:40])
     )
     more = f"<span>and {len(names) - 40:,} more (colours repeat)</span>" if len(names) > 40 else ""

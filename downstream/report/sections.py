@@ -14,7 +14,8 @@ Pictures = Mapping[str, Any]
 
 
 def section(cols: Sequence[Column], pictures: Sequence[Pictures], anchor: str) -> str:
-    """Table and pictures of what was evaluated on one data set; `pictures` goes with `cols`, empty where none.
+    """Table and pictures of what was evaluated on one data set; `pictures` goes with `cols`, empty where
+    none.
 
     Examples are the first column's; the untrained encoder's map stands beside the trained one's.
     """
@@ -22,12 +23,13 @@ def section(cols: Sequence[Column], pictures: Sequence[Pictures], anchor: str) -
     about = task(first.task)
     shown = pictures[0]
     parts = [
-        f'<h2 id="{anchor}">{esc(about.title)}: {isolated(first.dataset)}</h2><p class="lead">{esc(about.line)}</p>',
+        f'<h2 id="{anchor}">{esc(about.title)}: {isolated(first.dataset)}</h2>',
+        f'<p class="lead">{esc(about.line)}</p>',
         f'<div class="card">{table(cols)}{_notes(cols)}</div>',
         _examples(
             "What captions find",
-            "The best photographs for a caption, best first, with their cosine. The caption's own photograph is framed; "
-            "where it is not among the best it stands apart, with its place.",
+            "The best photographs for a caption, best first, with their cosine. The caption's own is "
+            "framed; where it is not among the best it stands apart, with its place.",
             gallery.captions(shown.get("captions", ())),
             shown,
         ),
@@ -40,7 +42,7 @@ def section(cols: Sequence[Column], pictures: Sequence[Pictures], anchor: str) -
         _examples(
             "What images are called",
             "The nearest class names, best first; the right one is marked.",
-            gallery.photographs(shown.get("named", ())),
+            gallery.photographs(shown.get("named", ()), "right name"),
             shown,
         ),
         _examples(
@@ -66,7 +68,7 @@ def _notes(cols: Sequence[Column]) -> str:
 def _counts(column: Column) -> str:
     """What was evaluated, in words: "run@step: 200 images, 1,000 captions"."""
     counts = column.result.details.get("counts", {})
-    told = ", ".join(f"{n:,} {what}" for what, n in counts.items() if isinstance(n, int))
+    told = ", ".join(f"{what} {n:,}" for what, n in counts.items() if isinstance(n, int))
     return f"{column.name}: {told}" if told else ""
 
 
@@ -93,7 +95,8 @@ def _confusion(data: Mapping[str, Any] | None) -> str:
             "A blue diagonal and nothing else would be perfect."
         )
     return (
-        f'<div class="card"><h3>Which classes are taken for which</h3><p class="soft">{line}</p><div class="two">{drawn}'
+        f'<div class="card"><h3>Which classes are taken for which</h3><p class="soft">{line}</p>'
+        f'<div class="two">{drawn}'
         f"<div><h3>Most frequent mistakes</h3>{worst}<h3>Classes found least</h3>{least}</div></div></div>"
     )
 
@@ -112,8 +115,8 @@ def _maps(cols: Sequence[Column], pictures: Sequence[Pictures], anchor: str) -> 
     if not shown:
         return ""
     line = (
-        "Each point is an image; near points are alike to the encoder. Point at one to see it. Distances between far "
-        "groups mean little: the map keeps neighbourhoods, not directions."
+        "Each point is an image; near points are alike to the encoder. Point at one to see it. Distances "
+        "between far groups mean little: the map keeps neighbourhoods, not directions."
     )
     return (
         f'<div class="card"><h3>Map of the embeddings</h3><p class="soft">{esc(line)}</p>'

@@ -1,5 +1,6 @@
-"""How the report looks, and the few lines of script that answer the pointer. No fonts, no files, no network."""
+"""How the report looks, and the few lines of script that answer the pointer; no fonts, no network."""
 
+# ruff: noqa: E501
 CSS = """
 :root{color-scheme:light dark;--page:#f6f6f3;--card:#fff;--ink:#1b1d21;--soft:#5c626c;--line:#e2e2dc;--grid:#ececE6;
 --own:#2459c9;--own-soft:#dbe6fb;--base:#8b9099;--other:#c2621b;--third:#7a4fb5;--right:#1c8a4c;--wrong:#c33d35}
@@ -47,29 +48,32 @@ svg text{font:11px system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif;fi
 svg.curve{display:block;width:100%;height:auto;margin-top:6px;touch-action:pan-y}
 .now{float:right;font-weight:600;font-variant-numeric:tabular-nums}
 .query{display:grid;grid-template-columns:minmax(150px,240px) 1fr;gap:8px 18px;padding:12px 0;border-top:1px solid var(--line)}
-.query:first-of-type{border-top:0}
+.query:first-of-type{border-top:0}.pairs .query:nth-of-type(2){border-top:0}
 .query blockquote{margin:0;font-size:15px;overflow-wrap:anywhere}
 .query blockquote+p,.asked p{margin:4px 0 0;font-size:13px;color:var(--soft)}
 .asked img{max-width:100%;height:128px;object-fit:cover;border-radius:8px;display:block}
 .found{display:flex;flex-wrap:wrap;gap:8px;min-width:0}
-.found figure{margin:0;width:112px}
-.found img,.missing{width:112px;height:112px;object-fit:cover;border-radius:8px;display:block;background:var(--grid);
+.found figure{margin:0;width:104px}
+.found img,.missing{width:104px;height:104px;object-fit:cover;border-radius:8px;display:block;background:var(--grid);
 border:3px solid transparent}
 .missing{font-size:11px;padding:6px;overflow:hidden;color:var(--soft)}
 .found .right img,.found .right .missing{border-color:var(--right)}
 .found figcaption{font-size:11.5px;line-height:1.3;padding:3px 2px 0;overflow-wrap:anywhere}
 .found .right figcaption{color:var(--right);font-weight:600}
-.found .gap{border-left:2px dotted var(--line);padding-left:8px;width:122px}
+.found .gap{border-left:2px dotted var(--line);padding-left:8px;width:114px}
 ol.texts{margin:0;padding-left:24px;font-size:14px}ol.texts li{padding:1px 0;overflow-wrap:anywhere}
 ol.texts li.right{color:var(--right);font-weight:600}
-.tag{display:inline-block;font-size:12px;border-radius:20px;padding:1px 9px;border:1px solid var(--line);color:var(--soft)}
+.tag{display:inline-block;font-size:12px;border-radius:11px;padding:1px 9px;border:1px solid var(--line);color:var(--soft)}
 .tag.right{color:var(--right);border-color:currentColor}.tag.wrong{color:var(--wrong);border-color:currentColor}
 .maps{display:grid;gap:14px;grid-template-columns:repeat(auto-fit,minmax(min(400px,100%),1fr))}
-svg.map{display:block;width:100%;height:auto}
+svg.map{display:block;width:100%;height:auto}.maps figure{max-width:640px}
 svg.map circle{fill:var(--c);stroke:var(--card);stroke-width:.6;cursor:pointer}
 svg.map.dim circle{opacity:.12}svg.map.dim circle.on{opacity:1}
 .legend{display:flex;flex-wrap:wrap;gap:2px 14px;font-size:13px;margin-top:8px}
 .legend span{cursor:default}
+.pairs{display:grid;gap:0 32px;grid-template-columns:repeat(auto-fill,minmax(min(460px,100%),1fr))}
+.pairs .query{grid-template-columns:150px 1fr}.pairs .asked img{height:104px}
+.two h3+*{margin-bottom:18px}
 .matrix svg{display:block;width:100%;height:auto}
 .two{display:grid;gap:14px 28px;grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));align-items:start}
 #tip{position:fixed;z-index:9;pointer-events:none;background:var(--card);border:1px solid var(--line);border-radius:8px;
@@ -81,7 +85,7 @@ details summary{cursor:pointer;font-weight:600}
 code{font:13px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere}
 footer{padding-top:28px;padding-bottom:48px;font-size:13px;color:var(--soft)}
 @media (max-width:720px){main,header>div,footer{padding-left:14px;padding-right:14px}header{padding-top:24px}
-h1{font-size:24px}.card{padding:14px}.query{grid-template-columns:1fr}.found figure,.found img,.missing{width:84px}
+h1{font-size:24px}.card{padding:14px}.query,.pairs .query{grid-template-columns:1fr}.found figure,.found img,.missing{width:84px}
 .found img,.missing{height:84px}.found .gap{width:94px}
 table.metrics,table.metrics tbody,table.metrics tr,table.metrics th,table.metrics td{display:block;text-align:left}
 table.metrics thead{display:none}table.metrics tr{border-top:1px solid var(--line);padding:10px 0}

@@ -1,7 +1,7 @@
 """The figures: what stands on top of the report, and one table for each evaluation of each data set.
 
-A table compares what was evaluated on the same data: this run, the untrained encoder, controls and other runs,
-always with chance beside them, so that no number has to be judged alone.
+A table compares what was evaluated on the same data: this run, the untrained encoder, controls and other
+runs, always with chance beside them, so that no number has to be judged alone.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def card(cols: Sequence[Column], anchor: str) -> str:
 def _bar(name: str, value: float, colour: str, top: float) -> str:
     return (
         f'<span class="name" title="{esc(name)}">{esc(name)}</span><span class="track">'
-        f'<i style="width:{100 * value / top:.1f}%;background:{colour}"></i></span><span class="value">{share(value)}</span>'
+        f'<i style="width:{100 * value / top:.1f}%;background:{colour}"></i></span>'
+        f'<span class="value">{share(value)}</span>'
     )
 
 
@@ -91,7 +92,7 @@ def verdict(cols: Sequence[Column], metric: str) -> str:
     value, guess = first.metrics.get(metric), first.chance.get(metric)
     parts = []
     if value is not None and guess:
-        parts.append(f"{value / guess:.3g} times chance")
+        parts.append(f"{value / guess:.2g} times chance")
     for c in cols[1:]:
         if is_untrained(c.result) and (said := _against(first, c.result, metric)):
             parts.append(f"{said} the untrained encoder")
@@ -158,8 +159,8 @@ def _row(name: str, cols: Sequence[Column], tops: dict[str, float]) -> str:
         drawn = strip(figures, chance, tops[means.kind], logarithmic=means.kind == "rank")
     cells = "".join(_cell(c, name, means) for c in cols)
     return (
-        f'<tr><th scope="row">{esc(means.label)}<small>{esc(means.line)}</small></th><td class="plot">{drawn}</td>'
-        f'{cells}<td data-of="chance">{show(chance, means)}</td></tr>'
+        f'<tr><th scope="row">{esc(means.label)}<small>{esc(means.line)}</small></th>'
+        f'<td class="plot">{drawn}</td>{cells}<td data-of="chance">{show(chance, means)}</td></tr>'
     )
 
 

@@ -1,7 +1,7 @@
 """A bank on a GPU: the same three products as `bank.Bank`, made by torch where the rows lie.
 
-Only (queries, candidates) tables come back to the host. faiss's own GPU search is not needed for this: torch's
-blocked product and topk is exact, is always there, and takes any float type.
+Only (queries, candidates) tables come back to the host. faiss's own GPU search is not needed for this:
+torch's blocked product and topk is exact, is always there, and takes any float type.
 """
 
 from __future__ import annotations
@@ -14,34 +14,26 @@ import torch
 from torch import Tensor
 
 from index.errors import BadInput
+from index.search.bank import AnyBank
 
 SCORES = 2**26  # scores held at once: 256 MiB
 GATHERED = 2**25  # float64 numbers gathered at once: 256 MiB
 
 
-class DeviceBank:
-    """Rows to search, a float tensor (N, D) on any device; members as `index.search.bank.Bank`."""
-
-    unit = 2.0**-24
+class DeviceBank(AnyBank):
+    """Rows in a float tensor (N, D) on any device; refuses what `Bank` refuses."""
 
     def __init__(self, rows: Tensor):
         if rows.ndim != 2 or rows.shape[1] == 0 or not rows.is_floating_point():
-            raise BadInput(f"bank: expected floats of shape (rows, dim), got {rows.dtype} {tuple(rows.shape)}")
+            raise BadInput(
+                f"bank: expected floats of shape (rows, dim), got {rows.dtype} {tuple(rows.shape)}"
+            )
         self._all = rows.detach()
         self.rows, self.dim = rows.shape
+        self.extra = 2.0**-7 if _cuts_factors() else 0.0
         self.largest_norm = self._measure()
 
-    @property
-    def extra(self) -> float:
-        """Relative error that cutting the factors to TF32 or bfloat16 may add, where torch is set to do so."""
-        try:
-            cut = torch.get_float32_matmul_precision() != "highest" or torch.backends.cuda.matmul.allow_tf32
-        except RuntimeError:  # torch's old and new settings were mixed and cannot be read: be careful
-            cut = True
-        return 2.0**-7 if cut else 0.0
-
     def candidates(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """(scores, ids), each (Q, count), best rows by float32 products, in no stated order."""
         asked = self._here(queries)
         scores = ids = None
         for start, block in self._blocks(max(1024, SCORES // len(queries))):
@@ -50,20 +42,19 @@ class DeviceBank:
             ids = place + start if ids is None else torch.cat([ids, place + start], 1)
             scores, keep = scores.topk(min(count, scores.shape[1]), sorted=False)
             ids = ids.gather(1, keep)
-        assert scores is not None and ids is not None  # count ≥ 1 rows were promised
+        assert ids is not None  # count ≥ 1 rows were promised
+        assert scores is not None
         return scores.cpu().numpy(), ids.cpu().numpy()
 
     def rescore(self, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Products of each query with the rows `ids` (Q, C), in float64, rounded to float32."""
         step = max(1, GATHERED // (ids.shape[1] * self.dim))
         asked, places, out = self._here(queries).double(), torch.from_numpy(ids).to(self._all.device), []
         for lo in range(0, len(ids), step):
-            rows = self._all[places[lo : lo + step]].double()  # (q, C, D)
+            rows = self._all[places[lo : lo + step]].float().double()  # (q, C, D)
             out.append((rows * asked[lo : lo + step, None]).sum(-1).float())
         return torch.cat(out).cpu().numpy()
 
     def all_scores(self, queries: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, scores (Q, rows of a block)), as `rescore` makes them."""
         asked = self._here(queries).double()
         for start, block in self._blocks(max(1024, SCORES // (8 * len(queries)))):
             yield start, (asked @ block.double().T).float().cpu().numpy()
@@ -85,3 +76,11 @@ class DeviceBank:
                 raise BadInput(f"bank: row {row} is not finite, or too large for float32 products")
             largest = max(largest, top)
         return math.sqrt(largest)
+
+
+def _cuts_factors() -> bool:
+    """Whether torch is set to cut the factors of float32 products to TF32 or bfloat16."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest" or torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:  # torch's old and new settings were mixed and cannot be read: be careful
+        return True

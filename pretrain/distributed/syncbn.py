@@ -88,9 +88,9 @@ class SyncBatchNormAct(SyncBatchNorm):
 def convert(module: nn.Module, group: Group = None) -> nn.Module:
     """`module` with every BatchNorm replaced, timm's BatchNormAct2d (with its drop and act) too.
 
-    Parameters and buffers stay the same objects, children are replaced in place; use the returned module, since
-    `module` itself may be a BatchNorm. Raises TypeError at a BatchNorm of a kind not known here, which would
-    silently not be synchronised.
+    Parameters and buffers stay the same objects. Children are replaced in place; use the returned module,
+    since `module` itself may be a BatchNorm. Raises TypeError at a BatchNorm of a kind not known here: left
+    alone, it would silently not be synchronised.
     """
     if isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm):
         return _synchronised(module, group)

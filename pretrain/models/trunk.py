@@ -73,13 +73,15 @@ def _by_shape(inputs: dict[FeatureRequest, Tensor]) -> Iterable[tuple[tuple, lis
 def _run(
     tower: Tower, requests: list[FeatureRequest], inputs: dict[FeatureRequest, Tensor]
 ) -> dict[FeatureRequest, Tensor]:
-    views = {
-        request.view: inputs[request] for request in requests
-    }  # each view once, however much is asked of it
+    views = {request.view: inputs[request] for request in requests}  # each once, however much is asked of it
     wanted = {_output(request) for request in requests}
-    found = tower(torch.cat(list(views.values())) if len(views) > 1 else inputs[requests[0]], wanted)
+    if len(views) == 1:
+        found = tower(inputs[requests[0]], wanted)
+        return {request: found[_output(request)] for request in requests}
+    found = tower(torch.cat(list(views.values())), wanted)
     rows = [len(x) for x in views.values()]
-    split = {output: dict(zip(views, found[output].split(rows))) for output in wanted}
+    # copies, because FSDP2 hooks what a module returns and warns of views
+    split = {o: dict(zip(views, (x.clone() for x in found[o].split(rows)))) for o in wanted}
     return {request: split[_output(request)][request.view] for request in requests}
 
 

@@ -52,7 +52,7 @@ def clip_loss(
     gradients back.
 
     Raises ValueError on shapes that do not fit, a negative weight, or smoothing outside [0, 1). Double
-    backward raises RuntimeError: the gradient is a closed form.
+    backward is not supported, the gradient is a closed form: create_graph raises RuntimeError.
     """
     _check(image, text, logit_scale, ids, weight, smoothing)
     tile = _tile(tile, image)

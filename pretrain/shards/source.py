@@ -122,7 +122,8 @@ def open_source(spec: str | Path | Sequence[str | Path]) -> Source:
 def expand_shards(spec: str | Path | Sequence[str | Path], trust_summary: bool = True) -> list[Shard]:
     """The tars that folders, globs, brace expressions and names stand for, in order.
 
-    With `trust_summary` a folder's tars must be those its pack.json names; without, they are those that are there.
+    With `trust_summary` a folder's tars must be those its pack.json names; without, they are those that are
+    there.
     """
     specs = [spec] if isinstance(spec, str | Path) else list(spec)
     shards = [shard for one in specs for shard in _expand(str(one), trust_summary)]

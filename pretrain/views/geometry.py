@@ -72,7 +72,7 @@ def random_resized_crop(image: np.ndarray, view: ImageView, u: np.ndarray) -> to
 
 
 def eval_crop(image: np.ndarray, size: int) -> torch.Tensor:
-    """open_clip's evaluation view: shortest side to `size` (bicubic), centre crop; contiguous uint8 (3, S, S)."""
+    """open_clip's evaluation view: shortest side to `size`, centre crop; contiguous uint8 (3, S, S)."""
     height, width, _ = image.shape
     short = min(height, width)
     resized = _resize(image, int(size * height / short), int(size * width / short))

@@ -12,7 +12,7 @@ from tests.tiny import VIT, add, recipe_data
 
 
 def write_run(root: Path, *, seed: int = 1, step: int = 3, **model) -> Path:
-    """A run folder with one checkpoint of a tiny encoder (its weights of seed `seed`, its recipe of seed 0)."""
+    """A run folder with one checkpoint of a tiny encoder: weights of `seed`, a recipe of seed 0."""
     data = recipe_data(root / "shards", root, model=VIT | model)
     recipe = parse_recipe(data, "test").model_dump(mode="json")
     trunk = build_trunk(parse_recipe(data, "test").model, seed=seed)

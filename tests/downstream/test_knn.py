@@ -72,6 +72,12 @@ def test_a_class_without_a_vote_is_not_among_the_five_best() -> None:
     assert answer(scores, np.array([0]))[0][0] == 2
 
 
+def test_the_five_best_are_five() -> None:
+    found = Answers(np.arange(1, 9), np.zeros(8, int), np.zeros(8, int), classes=8, size=8)
+    assert metrics(found)["acc1"] == 1 / 8
+    assert metrics(found)["acc5"] == 5 / 8
+
+
 def test_small_sets_and_small_banks_work() -> None:
     bank, bank_labels = blobs(12, 0, classes=3)
     test, labels = blobs(5, 1, classes=3)

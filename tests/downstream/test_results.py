@@ -95,6 +95,15 @@ def test_a_result_of_clip_benchmark_itself_is_read(tmp_path: Path) -> None:
     found = read(tmp_path / "x.json")
     assert found.metrics == {"acc1": 0.89, "acc5": None, "mean_average_precision": None}
     assert found.intervals == {}
+    odd = theirs | {
+        "model": 7,
+        "intervals": ["acc1"],
+        "chance": {"acc1": "x"},
+        "details": None,
+        "language": None,
+    }
+    (tmp_path / "odd.json").write_text(json.dumps(odd))
+    assert read(tmp_path / "odd.json").model == "7"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Retrieval: known answers, ties by the stated rule, the five-caption convention, chance, any number of ranks."""
+"""Retrieval: known answers, ties by the stated rule, the five-caption convention, chance, any number of
+ranks.
+"""
 
 from __future__ import annotations
 
@@ -94,6 +96,14 @@ def test_chance_is_what_random_vectors_reach() -> None:
     for name, values in found.items():
         error = np.std(values) / np.sqrt(len(values)) if "recall" in name else 0.08 * expected[name]
         assert np.mean(values) == pytest.approx(expected[name], abs=4 * error), name
+
+
+def test_captions_of_one_image_are_drawn_together() -> None:
+    owner = np.repeat(np.arange(100), 5)
+    hit = owner % 2 + 1  # an image's captions agree with each other: 100 draws, not 500
+    found = retrieval.Ranks(hit, np.ones(100, int), owner, 100)
+    low, high = retrieval.intervals(found)["image_retrieval_recall@1"]
+    assert high - low == pytest.approx(2 * 1.96 * 0.05, rel=0.15)
 
 
 def test_intervals_hold_the_figure_and_every_recall_has_one() -> None:

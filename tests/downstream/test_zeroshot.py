@@ -1,4 +1,4 @@
-"""Zero-shot classification: open_clip's formula, stated ties, templates checked before anything is encoded."""
+"""Zero-shot classification: open_clip's formula, stated ties, templates checked before encoding."""
 
 from __future__ import annotations
 
@@ -37,6 +37,8 @@ def test_figures_are_those_of_open_clips_formula(tmp_path: Path) -> None:
         mean = embedded.mean(dim=0)
         columns.append(mean / mean.norm())
     features = torch.from_numpy(weights.encoder.encode_image([samples.image(i) for i in range(50)]))
+    ours = zeroshot.classifier(prompts, 3)
+    np.testing.assert_allclose(ours, torch.stack(columns).numpy(), atol=1e-6)
     logits = 100.0 * features @ torch.stack(columns, dim=1)
     right = torch.from_numpy(images.labels)
     assert np.array_equal(found.predicted, logits.argmax(1).numpy())

@@ -65,7 +65,7 @@ def test_permute_mixes_domains_in_one_call():
     assert permute(places, sizes, keys).tolist() == alone
 
 
-@pytest.mark.parametrize("size", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 6, 7])
 def test_all_permutations_of_a_small_domain_are_equally_likely(size):
     count = 60_000
     keys, sizes = keys_of(count), np.full(count, size)
@@ -217,6 +217,25 @@ def test_neighbours_part_from_epoch_to_epoch():
     assert (pairs[0] & pairs[1]).mean() < 1.15 * chance
 
 
+def test_shuffles_differ_between_windows_lanes_and_epochs():
+    order = SampleOrder(
+        [[1000]], seed=0, global_batch=4, block=1000, window=50
+    )  # one block: windows alone shuffle
+    ids = rows(order, range(500))[0]
+    orders = ids.T.reshape(4, 10, 50) % 50  # (lanes, two epochs of five windows, place)
+    for first, second in itertools.combinations(orders.reshape(40, 50), 2):
+        assert (first == second).mean() < 0.25
+
+
+def test_blocks_stand_elsewhere_each_epoch():
+    order = SampleOrder(
+        [[1000]], seed=0, global_batch=4, block=10, window=1
+    )  # windows of one: blocks alone move
+    lines = rows(order, range(750))[0].T.reshape(4, 3, 250).swapaxes(0, 1).reshape(3, 1000)
+    for first, second in itertools.combinations(lines, 2):
+        assert (first == second).mean() < 0.1
+
+
 def test_seeds_give_other_orders():
     first, second = (rows(SampleOrder([[1000]], seed=s, global_batch=100), range(9))[0] for s in (0, 1))
     assert (first == second).mean() < 0.01
@@ -257,8 +276,11 @@ def test_every_source_keeps_its_own_exact_epochs():
 
 def test_sources_of_one_size_have_orders_of_their_own():
     order = SampleOrder([[500], [500]], seed=0, global_batch=100)
-    ids, source, _ = rows(order, range(4))
-    assert set(ids[source == 0][:50]) != set(ids[source == 1][:50])
+    ids, source, _ = rows(order, range(11))
+    lines = [
+        [ids[source[:, c] == d, c][:5].tolist() for c in range(100)] for d in range(2)
+    ]  # epoch 0, lane by lane
+    assert (np.array(lines[0]) == np.array(lines[1])).mean() < 0.1
 
 
 def test_no_source_is_starved_by_proportion():

@@ -62,7 +62,7 @@ def test_equals_brute_force(make, tile):
 
 
 def test_duplicates_are_ordered_by_number_alone():
-    """Query = a gallery row that stands three times: its copies get ranks 1, 2, 3 in the order of their numbers."""
+    """Queries are a gallery row that stands three times: its copies rank 1, 2, 3 in their order."""
     gallery = F.normalize(torch.randn(300, 512, generator=torch.Generator().manual_seed(0)))
     gallery[170] = gallery[299] = gallery[3]
     query = gallery[3].repeat(3, 1)

@@ -126,6 +126,29 @@ def test_equals_tarfile_on_gnu_tars(tmp_path: Path, format: str) -> None:
     assert len(build_index(path)) == 3
 
 
+def test_global_pax_values_hold_for_all_members_until_their_own(tmp_path: Path) -> None:
+    def pax(kind: bytes, name: str) -> bytes:
+        return tarfile.TarInfo._create_pax_generic_header({"path": name}, kind, "utf-8")
+
+    member = tarfile.TarInfo("x.jpg")
+    path = tmp_path / "a.tar"
+    blocks = [pax(b"g", "all.jpg"), member.tobuf(), pax(b"x", "own.jpg"), member.tobuf(), bytes(2 * BLOCK)]
+    path.write_bytes(b"".join(blocks))
+    assert build_index(path).keys == ["all", "own"]
+    with tarfile.open(path) as tar:
+        assert tar.getnames() == ["all.jpg", "own.jpg"]
+
+
+def test_times_in_gnu_headers_are_no_folder(tmp_path: Path) -> None:
+    header = bytearray(tarfile.TarInfo("a.jpg").tobuf(tarfile.GNU_FORMAT))
+    header[345:357] = b"14112345670\0"  # atime, where ustar has its prefix
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path = tmp_path / "a.tar"
+    path.write_bytes(bytes(header) + bytes(2 * BLOCK))
+    assert build_index(path).keys == ["a"]
+
+
 def test_signed_checksums_of_old_tars_are_right() -> None:
     header = bytearray(tarfile.TarInfo("é.jpg").tobuf(tarfile.USTAR_FORMAT, "utf-8"))
     header[148:156] = b" " * 8

@@ -148,9 +148,7 @@ def test_damage_is_told_once_and_the_rest_is_read(tmp_path: Path, caplog: pytest
 
 
 def test_many_shards_are_located_fast(tmp_path: Path) -> None:
-    source = Source(
-        [Shard(tmp_path / str(i), 10_000) for i in range(200_000)]
-    )  # 2e9 samples, no file touched
-    shard, row = source.locate(np.array([0, 9_999, 10_000, 1_999_999_999]))
-    assert shard.tolist() == [0, 0, 1, 199_999]
+    source = Source([Shard(tmp_path / str(i), 10_000) for i in range(20_000)])  # no file touched
+    shard, row = source.locate(np.array([0, 9_999, 10_000, 199_999_999]))
+    assert shard.tolist() == [0, 0, 1, 19_999]
     assert row.tolist() == [0, 9_999, 0, 9_999]

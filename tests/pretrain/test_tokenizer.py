@@ -18,7 +18,8 @@ TEXTS = [
     "A child in a pink dress is climbing up a set of stairs in an entry way .",
     "don't I'LL we'd they're 12345 3.14",
     "caf\u00e9 fianc\u00e9e \u00c0 LA CARTE \u0130stanbul Stra\u00dfe",
-    "\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8 \u041f\u0440\u0438\u0432\u0435\u0442 \U0001f389\U0001f389 \u2167 \u00b2\u00bd",
+    "\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8",
+    "\u041f\u0440\u0438\u0432\u0435\u0442 \U0001f389\U0001f389 \u2167 \u00b2\u00bd",
     "\ufb01ne \u201cquotes\u201d \u2014 dash",
     "\u00e2\u20ac\u0153mojibake\u00e2\u20ac\u009d",
     "&amp;lt;b&gt; a&nbsp;b &#x41;&amp;amp;",
@@ -104,6 +105,7 @@ def test_context_without_room_is_refused():
 
 
 def test_open_clip_is_not_imported():
-    code = "import sys; from pretrain.views.tokenizer import ClipTokenizer; ClipTokenizer()(['hi']); print('open_clip' in sys.modules)"
+    code = "import sys; from pretrain.views.tokenizer import ClipTokenizer as T; T()(['hi']); "
+    code += "print('open_clip' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -1,0 +1,20 @@
+"""`python -m index VERB`: embed shards, build a collection of them, publish it, search in it."""
+
+from __future__ import annotations
+
+import sys
+
+from pretrain import cli
+
+DOC = "Shards and a checkpoint -> embeddings -> versions of a collection -> search."
+
+VERBS = {
+    "embed": "index.cli_embed",
+    "build": "index.cli_build",
+    "publish": "index.cli_publish",
+    "search": "index.cli_search",
+    "info": "index.cli_info",
+}
+
+if __name__ == "__main__":
+    sys.exit(cli.main("index", DOC, VERBS))
