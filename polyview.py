@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from index.collection import Collection
+
     from pretrain.encoder import Encoder
 
 DOC = """Pretrain vision and vision-language encoders, index what they see, judge what they learned.
@@ -40,7 +41,14 @@ def verbs() -> dict[str, str]:
     from pretrain.__main__ import VERBS as pretrain
     from slurm.__main__ import VERBS as slurm
 
-    return {"demo": "downstream.cli_demo", **pretrain, **index, **downstream, **slurm, "doctor": "pretrain.cli_doctor"}
+    return {
+        "demo": "downstream.cli_demo",
+        **pretrain,
+        **index,
+        **downstream,
+        **slurm,
+        "doctor": "pretrain.cli_doctor",
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

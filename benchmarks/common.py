@@ -13,7 +13,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "webdataset", "faiss-cpu", "faiss-gpu", "numpy")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "open_clip_torch",
+    "webdataset",
+    "faiss-cpu",
+    "faiss-gpu",
+    "numpy",
+)
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -61,7 +70,7 @@ def report(title: str, rows: list[dict], args: argparse.Namespace) -> None:
         record = {
             "title": title,
             "date": datetime.date.today().isoformat(),
-            "command": "python -m " + " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]]),
+            "command": "python -m benchmarks." + " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]]),
             "machine": platform.processor() or platform.machine(),
             "versions": versions(),
             "rows": rows,

@@ -80,7 +80,5 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     arguments = parser(__doc__)
     arguments.add_argument("--dim", type=int, default=512, help="D, the features' width")
-    arguments.add_argument(
-        "--scale", type=float, default=14.3, help="the factor on the cosine; training ends at 100"
-    )
+    arguments.add_argument("--scale", type=float, default=14.3, help="the factor on the cosine; training ends at 100")
     main(arguments.parse_args())

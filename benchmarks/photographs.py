@@ -38,9 +38,7 @@ def captions(name: str) -> dict[str, list[str]]:
     return found
 
 
-def write_tars(
-    to: Path, images: dict[str, bytes], texts: dict[str, list[str]], a_shard: int = 250
-) -> list[Path]:
+def write_tars(to: Path, images: dict[str, bytes], texts: dict[str, list[str]], a_shard: int = 250) -> list[Path]:
     """Shards of jpg + txt, the first caption alone, as img2dataset writes them."""
     names, shards = list(images), []
     for first in range(0, len(names), a_shard):

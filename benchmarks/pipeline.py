@@ -102,9 +102,7 @@ def read_epoch(shards: list[Path], tokenizer: ClipTokenizer, threads: int) -> in
         return sum(len(batch) for batch in reader.stream(0, source.samples // BATCH))
 
 
-def measure_both(
-    runs: dict[str, Callable[[], int]], rounds: int
-) -> tuple[dict[str, float], dict[str, float]]:
+def measure_both(runs: dict[str, Callable[[], int]], rounds: int) -> tuple[dict[str, float], dict[str, float]]:
     """Median CPU and wall seconds of each run, rounds in turn after a warm-up of each; all must read the
     same.
     """

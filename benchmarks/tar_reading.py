@@ -136,9 +136,7 @@ def mean_kb(source: Source) -> float:
 
 def images(folder: Path | None) -> list[bytes]:
     if folder:
-        return [
-            path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix.lower() in (".jpg", ".jpeg")
-        ]
+        return [path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix.lower() in (".jpg", ".jpeg")]
     draw = random.Random(0)
     return [draw.randbytes(40_000) for _ in range(20)]
 

@@ -17,9 +17,7 @@ from downstream.intervals import bootstrap, widen_certain
 class Answers:
     """How a classifier did on each test image."""
 
-    ranks: (
-        np.ndarray
-    )  # (Q,) place of the right class, from 1; more than `classes` where it got no score at all
+    ranks: np.ndarray  # (Q,) place of the right class, from 1; more than `classes` where it got no score at all
     predicted: np.ndarray  # (Q,) class placed first
     labels: np.ndarray  # (Q,) right class
     classes: int  # how many classes there were to choose from: the chance level
@@ -37,9 +35,7 @@ class Answers:
         return _recall(self.ranks == 1, self.labels, np.ones(len(self.labels)), self.size)
 
 
-def answer(
-    scores: np.ndarray, labels: np.ndarray, *, only_positive: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+def answer(scores: np.ndarray, labels: np.ndarray, *, only_positive: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Ranks and predictions of one block of test images.
 
     `scores` (Q, C), `labels` (Q,) below C. Rank = 1 + strictly greater + equal with a lower class. With

@@ -40,9 +40,22 @@ def commands(out: Path, steps: int | None) -> list[list[str]]:
         ["index", "embed", run, test, "--out", str(out / "embeddings")],
         ["index", "build", collection, "--from", str(out / "embeddings")],
         ["index", "publish", collection],
-        ["index", "search", collection, "--text", "a seven in the top left", "-k", "5", "--html", str(out / "search.html")],
+        [
+            "index",
+            "search",
+            collection,
+            "--text",
+            "a seven in the top left",
+            "-k",
+            "5",
+            "--html",
+            str(out / "search.html"),
+        ],
         *(["downstream", "retrieval", run, test, "--out", results, *u] for u in ([], ["--untrained"])),
-        *(["downstream", "knn", run, "--train", train, "--test", test, "--out", results, *u] for u in ([], ["--untrained"])),
+        *(
+            ["downstream", "knn", run, "--train", train, "--test", test, "--out", results, *u]
+            for u in ([], ["--untrained"])
+        ),
         *(["downstream", "zeroshot", run, test, "--out", results, *u] for u in ([], ["--untrained"])),
         ["downstream", "report", run, "--results", results, "--out", str(out / "report.html")],
     ]

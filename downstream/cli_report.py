@@ -17,9 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="results of this run, the untrained encoder, controls: folders or files (default: RUN/results)",
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="the page to write, e.g. report.html"
-    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the page to write, e.g. report.html")
 
 
 def run(args: argparse.Namespace) -> int:

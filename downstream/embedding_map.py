@@ -65,7 +65,5 @@ def as_picture(
 ) -> dict[str, Any]:
     """The map as the report reads it. `kinds` (n,): class or cluster; `thumbnails`: data URIs or None."""
     places, method = layout(vectors, seed=seed)
-    points = [
-        [round(float(x), 4), round(float(y), 4), int(k), t] for (x, y), k, t in zip(places, kinds, thumbnails)
-    ]
+    points = [[round(float(x), 4), round(float(y), 4), int(k), t] for (x, y), k, t in zip(places, kinds, thumbnails)]
     return {"method": method, "by": by, "classes": names, "points": points}

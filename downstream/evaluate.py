@@ -75,9 +75,7 @@ def _retrieval_pictures(
     owner, asked = ranks.owner, np.unique(ranks.owner)
     return {
         "chosen": pictures.how_chosen(SEED),
-        "captions": pictures.captions_find(
-            thumbnails, images, texts, owner, ids, ranks.image, written, seed=SEED
-        ),
+        "captions": pictures.captions_find(thumbnails, images, texts, owner, ids, ranks.image, written, seed=SEED),
         "photographs": pictures.images_find(
             thumbnails, images[asked], texts, owner, asked, ids[asked], ranks.text, written, seed=SEED
         ),
@@ -125,9 +123,7 @@ def evaluate_knn(
     near = pictures.Near(similarity, found, voted)
     shown = {
         "chosen": pictures.how_chosen(SEED),
-        "neighbours": pictures.labelled_neighbours(
-            tests, trains, test_ids, train_ids, near, first, names, seed=SEED
-        ),
+        "neighbours": pictures.labelled_neighbours(tests, trains, test_ids, train_ids, near, first, names, seed=SEED),
         "confusion": pictures.confusion(first, names),
         "map": pictures.embedding_map(tests, vectors, test_ids, test_labels, names, seed=SEED),
     }
@@ -188,16 +184,12 @@ def _names(weights: Weights, samples: Samples, task: str) -> dict[str, str]:
     return {"dataset": samples.dataset, "model": model, "pretrained": weights.name, "task": task}
 
 
-def _details(
-    weights: Weights, output: str, counts: dict[str, int], notes: list[str], drawn: str
-) -> dict[str, Any]:
+def _details(weights: Weights, output: str, counts: dict[str, int], notes: list[str], drawn: str) -> dict[str, Any]:
     how = f"95 %, percentile bootstrap over {drawn}, {DRAWS:,} draws, seed {SEED}"
     return {**weights.origin(), "features": output, "counts": counts, "notes": notes, "intervals": how}
 
 
-def _map(
-    thumbnails, vectors: np.ndarray, ids: np.ndarray, labels: np.ndarray, samples: Samples
-) -> dict[str, Any]:
+def _map(thumbnails, vectors: np.ndarray, ids: np.ndarray, labels: np.ndarray, samples: Samples) -> dict[str, Any]:
     """Coloured by class where nearly all images have one."""
     if (labels >= 0).mean() < 0.9:
         return pictures.embedding_map(thumbnails, vectors, ids, seed=SEED)
@@ -229,13 +221,9 @@ def _unlabelled(images: Images, samples: Samples) -> list[str]:
 def _captions_left(damaged: int, without: int) -> list[str]:
     said = [f"{damaged} samples have captions that are not UTF-8: left out"] if damaged else []
     return said + (
-        [f"{without} images have no caption: they are only there to be mistaken for others"]
-        if without
-        else []
+        [f"{without} images have no caption: they are only there to be mistaken for others"] if without else []
     )
 
 
 def _prefixed(by_protocol: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return {
-        f"{name}_{metric}": value for name, values in by_protocol.items() for metric, value in values.items()
-    }
+    return {f"{name}_{metric}": value for name, values in by_protocol.items() for metric, value in values.items()}

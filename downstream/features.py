@@ -52,9 +52,7 @@ class Captions:
     damaged: int  # samples whose captions could not be read
 
 
-def encode_images(
-    weights: Weights, samples: Samples, *, output: Output = "embedding", group: Group = None
-) -> Images:
+def encode_images(weights: Weights, samples: Samples, *, output: Output = "embedding", group: Group = None) -> Images:
     """Every image and label of `samples` on every rank.
 
     Raises:
@@ -94,9 +92,7 @@ def encode_texts(weights: Weights, texts: list[str], *, group: Group = None) -> 
         UserError: the encoder has no text tower.
     """
     if not weights.encoder.has_text:
-        raise UserError(
-            f"{weights.run}: this encoder has no text tower (model.text: null), which is needed here"
-        )
+        raise UserError(f"{weights.run}: this encoder has no text tower (model.text: null), which is needed here")
     # of like length together: a batch is computed up to its longest text
     distinct = sorted(set(texts), key=lambda text: (len(text), text))
     parts = []
@@ -126,9 +122,7 @@ def _gather(
 ) -> np.ndarray:
     """All ranks' batches (rows, width) as (n, width) on every rank, without what fills up the last."""
     device = weights.encoder.device
-    local = (
-        torch.stack(parts).to(device) if parts else torch.zeros(0, rows, width, dtype=dtype, device=device)
-    )
+    local = torch.stack(parts).to(device) if parts else torch.zeros(0, rows, width, dtype=dtype, device=device)
     return gather_rows(local, -(-n // rows), group).flatten(0, 1)[:n].cpu().numpy()
 
 

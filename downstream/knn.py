@@ -53,9 +53,7 @@ def nearest(queries: np.ndarray, bank: np.ndarray, k: int, *, device="auto", gro
     """
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     lo, hi = shard_rows(len(queries), group)
-    scores, ids = exact_topk(
-        torch.from_numpy(queries[lo:hi]), torch.from_numpy(bank).to(device), min(k, len(bank))
-    )
+    scores, ids = exact_topk(torch.from_numpy(queries[lo:hi]), torch.from_numpy(bank).to(device), min(k, len(bank)))
     return tuple(gather_rows(x.to(device), len(queries), group).cpu().numpy() for x in (scores, ids))
 
 
@@ -92,11 +90,7 @@ def check_labels(train: np.ndarray, test: np.ndarray, train_spec: str, test_spec
 
 def notes(train: np.ndarray, test: np.ndarray) -> list[str]:
     """What a reader must know of these labels: k cut to the bank, classes unseen, a bank out of balance."""
-    said = [
-        f"{p.name}: only {len(train)} training images, so k = {len(train)}"
-        for p in PROTOCOLS
-        if p.k > len(train)
-    ]
+    said = [f"{p.name}: only {len(train)} training images, so k = {len(train)}" for p in PROTOCOLS if p.k > len(train)]
     unseen = np.setdiff1d(test, train)
     if len(unseen):
         hit = np.isin(test, unseen).sum()
@@ -104,7 +98,5 @@ def notes(train: np.ndarray, test: np.ndarray) -> list[str]:
     counts = np.unique(train, return_counts=True)[1]
     share, even = counts.max() / counts.sum(), 1 / len(counts)
     if share > 1.5 * even:
-        said.append(
-            f"the largest class holds {100 * share:.1f} % of the training images: always naming it is no feat"
-        )
+        said.append(f"the largest class holds {100 * share:.1f} % of the training images: always naming it is no feat")
     return said

@@ -50,9 +50,7 @@ class Thumbnails:
         except DamagedSample:
             return None
         scale = min(1.0, side / min(image.size))
-        image = image.resize(
-            [max(1, min(round(n * scale), 3 * side)) for n in image.size], Image.Resampling.LANCZOS
-        )
+        image = image.resize([max(1, min(round(n * scale), 3 * side)) for n in image.size], Image.Resampling.LANCZOS)
         out = io.BytesIO()
         image.save(out, "JPEG", quality=78)
         return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
@@ -130,9 +128,7 @@ def alike(thumbnails: Thumbnails, images, ids, *, seed: int) -> list[dict[str, A
     examples = []
     for q, row_scores, row in zip(picked, scores, found):
         others = [(i, s) for i, s in zip(row, row_scores) if i != q][:SHOWN]
-        shown = [
-            {"src": thumbnails(ids[i]), "score": float(s), "place": p} for p, (i, s) in enumerate(others, 1)
-        ]
+        shown = [{"src": thumbnails(ids[i]), "score": float(s), "place": p} for p, (i, s) in enumerate(others, 1)]
         examples.append({"src": thumbnails(ids[q]), "found": shown})
     return examples
 
@@ -190,9 +186,7 @@ def confusion(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def embedding_map(
-    thumbnails: Thumbnails, vectors, ids, labels=None, names=(), *, seed: int
-) -> dict[str, Any]:
+def embedding_map(thumbnails: Thumbnails, vectors, ids, labels=None, names=(), *, seed: int) -> dict[str, Any]:
     """A map of at most 500 images, coloured by class where `labels` are given, else by cluster."""
     picked = np.sort(chosen(len(vectors), MAP_POINTS, seed + 3))
     small = [thumbnails(ids[i], SMALL_SIDE) for i in picked]

@@ -36,9 +36,7 @@ class Result:
     language: str = "en"
     intervals: dict[str, list[float]] = field(default_factory=dict)  # metric -> [low, high], 95 %
     chance: dict[str, float] = field(default_factory=dict)  # metric -> what guessing gives
-    details: dict[str, Any] = field(
-        default_factory=dict
-    )  # run, step, fingerprint, counts, notes, how intervals came
+    details: dict[str, Any] = field(default_factory=dict)  # run, step, fingerprint, counts, notes, how intervals came
 
     @property
     def stem(self) -> str:
@@ -83,13 +81,9 @@ def read(path: Path) -> Result:
         raise UserError(f"{path}: not a readable JSON file ({e})") from e
     lacking = [k for k in NEEDED if not isinstance(data, dict) or k not in data]
     if lacking or not isinstance(data["metrics"], dict):
-        raise UserError(
-            f"{path}: not an evaluation result: lacks {', '.join(lacking) or 'a table of metrics'}"
-        )
+        raise UserError(f"{path}: not an evaluation result: lacks {', '.join(lacking) or 'a table of metrics'}")
     names: dict[str, Any] = {k: str(data[k]) for k in ("dataset", "model", "pretrained", "task")}
-    tables: dict[str, Any] = {
-        k: data[k] for k in ("intervals", "chance", "details") if isinstance(data.get(k), dict)
-    }
+    tables: dict[str, Any] = {k: data[k] for k in ("intervals", "chance", "details") if isinstance(data.get(k), dict)}
     result = Result(**names, **tables, metrics={k: _number(v) for k, v in data["metrics"].items()})
     result.language = str(data.get("language") or "en")
     result.intervals = {k: v for k, v in result.intervals.items() if _is_interval(v)}

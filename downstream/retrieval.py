@@ -31,9 +31,7 @@ class Ranks:
     images: int  # N, those without captions included: they are there to be mistaken for
 
 
-def rank(
-    images: np.ndarray, texts: np.ndarray, owner: np.ndarray, *, device="cpu", group: Group = None
-) -> Ranks:
+def rank(images: np.ndarray, texts: np.ndarray, owner: np.ndarray, *, device="cpu", group: Group = None) -> Ranks:
     """Ranks of all captions and images, on every rank; each rank counts for a share of the queries.
 
     `images` (N, D) and `texts` (Q, D) unit rows, `owner` (Q,) the image of each caption. All equal on every
@@ -111,9 +109,7 @@ def _halving(own: np.ndarray, captions: int) -> int:
 
 
 NAMES = tuple(
-    f"{way}_retrieval_{figure}"
-    for way in ("image", "text")
-    for figure in (*(f"recall@{k}" for k in AT), "median_rank")
+    f"{way}_retrieval_{figure}" for way in ("image", "text") for figure in (*(f"recall@{k}" for k in AT), "median_rank")
 )
 
 

@@ -16,12 +16,13 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from downstream.results import UNTRAINED
-from pretrain.checkpoint import Checkpoint, find_latest, open_checkpoint
-from pretrain.encoder import Encoder, load_trunk
+from pretrain.checkpoint import find_checkpoint
+from pretrain.encoder import Encoder
 from pretrain.errors import UserError
 from pretrain.models.request import FeatureRequest
 from pretrain.models.trunk import Trunk, build_trunk
 from pretrain.recipe import ModelRecipe
+from pretrain.weights.native import load_trunk
 
 Output = Literal["embedding", "pooled"]
 
@@ -70,14 +71,12 @@ def open_weights(
     Raises:
         UserError: no whole checkpoint there, or it does not say which model it holds.
     """
-    checkpoint = _find(path)
+    checkpoint = find_checkpoint(path)
     recipe = checkpoint.meta.get("recipe", {})
     try:
         model = ModelRecipe.model_validate(recipe["model"])
     except (KeyError, TypeError, ValidationError) as error:
-        raise UserError(
-            f"{checkpoint.path} does not say which model it holds (meta recipe.model: {error})"
-        ) from None
+        raise UserError(f"{checkpoint.path} does not say which model it holds (meta recipe.model: {error})") from None
     trunk = build_trunk(model, seed=recipe.get("seed", 0))
     if not untrained:
         load_trunk(trunk, checkpoint)
@@ -85,19 +84,3 @@ def open_weights(
     called = name or (UNTRAINED if untrained else f"{run}@{checkpoint.path.name}")
     step = 0 if untrained else checkpoint.step
     return Weights(Encoder(trunk, model, device=device), trunk, called, run, step, untrained)
-
-
-def _find(path: Path) -> Checkpoint:
-    if not path.is_dir():
-        raise UserError(
-            f"{path}: no such folder; give a run folder, its checkpoints folder, or one step's folder"
-        )
-    if path.name.startswith("step_") or (path / "manifest.json").is_file():
-        return open_checkpoint(path)
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found = find_latest(root)
-    if found is None:
-        raise UserError(
-            f"{path} holds no whole checkpoint; give a run folder, its checkpoints folder, or one step's"
-        )
-    return found

@@ -16,8 +16,7 @@ def open_index(
     version: str | None = None,
     encoder: Encoder | str | os.PathLike[str] | None = None,
 ) -> Index:
-    """Open a collection's published version (or `version`): `.search(vectors | images | texts, k,
-    filter=None)`.
+    """Open a collection's published version (or `version`); `.search(vectors | images | texts, k)` in it.
 
     Texts and images need the encoder it was built with: the one at the path noted when embedding, unless
     given.

@@ -13,15 +13,9 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("collection", type=Path, help="folder of the collection; made when it does not exist")
-    parser.add_argument(
-        "--from", dest="embeddings", type=Path, required=True, help="what index embed --out wrote"
-    )
-    parser.add_argument(
-        "--replace", action="store_true", help="hold these embeddings only, of whatever encoder"
-    )
-    parser.add_argument(
-        "--partial", action="store_true", help="build although some tars are not embedded yet"
-    )
+    parser.add_argument("--from", dest="embeddings", type=Path, required=True, help="what index embed --out wrote")
+    parser.add_argument("--replace", action="store_true", help="hold these embeddings only, of whatever encoder")
+    parser.add_argument("--partial", action="store_true", help="build although some tars are not embedded yet")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -19,16 +19,12 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="run folder, checkpoints folder, or one checkpoint")
     parser.add_argument("shards", nargs="+", help="folder of tars, glob, brace expression, or tars")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for the embeddings (one encoder a folder)"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the embeddings (one encoder a folder)")
     parser.add_argument("--batch", type=int, default=64, help="images encoded at once (default 64)")
     parser.add_argument("--threads", type=int, default=2, help="decoding threads (default 2)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--images", action="store_true", help="images only")
-    what.add_argument(
-        "--texts", action="store_true", help="refuse an encoder without text tower (default: as it has)"
-    )
+    what.add_argument("--texts", action="store_true", help="refuse an encoder without text tower (default: as it has)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
 
 

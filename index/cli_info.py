@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("collection", type=Path, help="folder of the collection")
-    parser.add_argument(
-        "--version", help="tell of this version (default: the published one, else the newest)"
-    )
+    parser.add_argument("--version", help="tell of this version (default: the published one, else the newest)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,7 +55,5 @@ def history(collection: Collection, current: str | None) -> list[str]:
     for version in collection.versions():
         m = collection.manifest(version)
         mark = "  <- published" if version == current else ""
-        lines.append(
-            f"  {version}  {m.rows} rows, encoder {m.fingerprint[:12]}, on {m.parent or 'nothing'}{mark}"
-        )
+        lines.append(f"  {version}  {m.rows} rows, encoder {m.fingerprint[:12]}, on {m.parent or 'nothing'}{mark}")
     return lines

@@ -20,8 +20,5 @@ def run(args: argparse.Namespace) -> int:
     from index.store.collection import Collection
 
     before, now = Collection(args.collection).publish(args.version)
-    print(
-        f"{args.collection} serves version {now}"
-        + (f" (before: {before})" if before not in (None, now) else "")
-    )
+    print(f"{args.collection} serves version {now}" + (f" (before: {before})" if before not in (None, now) else ""))
     return 0

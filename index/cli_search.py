@@ -66,6 +66,4 @@ def _filter(text: str | None) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise UserError(
-            f"--filter {text!r} is not JSON ({error}); write it like '{{\"label\": 3}}'"
-        ) from error
+        raise UserError(f"--filter {text!r} is not JSON ({error}); write it like '{{\"label\": 3}}'") from error

@@ -76,9 +76,7 @@ class Job:
             of = self._of
             self._rows = of.order.batch(self._step, of.rank, of.world)
             ids, source, epoch = self._rows
-            draws = {view.name: UNIFORMS for view in of.image_views} | {
-                view.name: 1 for view in of.text_views
-            }
+            draws = {view.name: UNIFORMS for view in of.image_views} | {view.name: 1 for view in of.text_views}
             self._u = {name: uniforms(of.seed, epoch, source, ids, name, n) for name, n in draws.items()}
             self._make_room(len(ids))
             tasks = _tasks(source, ids)
@@ -113,9 +111,7 @@ class Job:
     def _fill_row(self, row: int, sample: Sample) -> None:
         try:
             if self._of.image_views:
-                pixels = decode(
-                    image_bytes(sample.members), max_pixels=self._of.max_pixels, scratch=self._of.scratch
-                )
+                pixels = decode(image_bytes(sample.members), max_pixels=self._of.max_pixels, scratch=self._of.scratch)
                 for view in self._of.image_views:
                     np.copyto(
                         self._images[view.name][row],

@@ -39,11 +39,7 @@ class Batch:
 
     def rows(self, lo: int, hi: int) -> Batch:
         """The micro-batch of rows lo to hi - 1; tensors are views, not copies."""
-        part = {
-            f.name: _cut(getattr(self, f.name), lo, hi)
-            for f in fields(self)
-            if f.name not in ("step", "damaged")
-        }
+        part = {f.name: _cut(getattr(self, f.name), lo, hi) for f in fields(self) if f.name not in ("step", "damaged")}
         inside = [damage for damage in self.damaged if lo <= damage["row"] < hi]
         return Batch(self.step, damaged=[{**damage, "row": damage["row"] - lo} for damage in inside], **part)
 

@@ -81,9 +81,7 @@ class Blocks:
             ordered, back = np.unique(ids, return_inverse=True)
             samples, _ = self._read(source, ordered)
             return [samples[i] for i in back]
-        blocks = {
-            number: self._block(source, number) for number in np.unique(ids // self._sizes[source]).tolist()
-        }
+        blocks = {number: self._block(source, number) for number in np.unique(ids // self._sizes[source]).tolist()}
         return [blocks[i // self._sizes[source]][i % self._sizes[source]] for i in ids.tolist()]
 
     def _block(self, source: int, number: int) -> list[Sample]:

@@ -32,6 +32,7 @@ def main(prog: str, doc: str, verbs: Mapping[str, str], argv: Sequence[str] | No
 def call(prog: str, module_name: str, argv: Sequence[str]) -> int:
     """Parse `argv` for one verb module and run it."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("faiss").setLevel(logging.WARNING)  # it tells of every instruction set it looks for
     module = importlib.import_module(module_name)
     parser = argparse.ArgumentParser(
         prog=_shown(prog), description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

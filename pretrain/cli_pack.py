@@ -38,9 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder that the table's or COCO's image names are relative to",
     )
     add("--columns", metavar="IMAGE,CAPTION", help="the table's columns, by header name or by number from 0")
-    add(
-        "--instances", type=Path, metavar="JSON", help="COCO instances, when they are not beside the captions"
-    )
+    add("--instances", type=Path, metavar="JSON", help="COCO instances, when they are not beside the captions")
     add("--subdir", metavar="NAME", help="take only this folder of INPUT, such as train")
     add("--flat", action="store_true", help="subfolders are no classes")
     add(
@@ -67,9 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="header",
         help="decode every image (default: its header)",
     )
-    add(
-        "--threads", type=int, default=min(16, 2 * (os.cpu_count() or 1)), metavar="N", help="readers at once"
-    )
+    add("--threads", type=int, default=min(16, 2 * (os.cpu_count() or 1)), metavar="N", help="readers at once")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -105,10 +101,7 @@ def _pack(args: argparse.Namespace, path: Path, form: str | None, compressed: bo
         with _progress(total) as advance:
             done, skips = pack(listing, args.out, options, _checker(args.check), advance=advance)
     for split in done:
-        print(
-            f"{split.folder}: {split.samples:,} samples in {split.shards} shard(s), "
-            f"{split.bytes / 2**20:,.1f} MiB"
-        )
+        print(f"{split.folder}: {split.samples:,} samples in {split.shards} shard(s), {split.bytes / 2**20:,.1f} MiB")
     if listing.classnames:
         more = " …" if len(listing.classnames) > 8 else ""
         print(f"{len(listing.classnames)} classes: {', '.join(listing.classnames[:8])}{more}")
@@ -140,9 +133,7 @@ def _checker(check: str):
     from pretrain.views.decode import MAX_PIXELS
 
     def extension(data: bytes) -> str:
-        return image_extension(
-            data, max_pixels=MAX_PIXELS, decode=decode_image, always_decode=check == "decode"
-        )
+        return image_extension(data, max_pixels=MAX_PIXELS, decode=decode_image, always_decode=check == "decode")
 
     return extension
 
@@ -167,10 +158,7 @@ def _adopt(args: argparse.Namespace) -> int:
     for index in damaged[:10]:
         print(f"  {index.path.name}: {len(index.damage)} problem(s), such as: {index.damage[0]}")
     if damaged:
-        print(
-            f"the rest of these {len(damaged)} shard(s) is used; "
-            f"all problems: python -m pretrain verify {folder}"
-        )
+        print(f"the rest of these {len(damaged)} shard(s) is used; all problems: python -m pretrain verify {folder}")
     return 0
 
 

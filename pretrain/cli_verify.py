@@ -10,12 +10,8 @@ import itertools
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "shards", nargs="+", metavar="SHARDS", help="folders, tars, globs, or a-{000..009}.tar"
-    )
-    parser.add_argument(
-        "--decode", action="store_true", help="read every byte: decode images, check captions"
-    )
+    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="folders, tars, globs, or a-{000..009}.tar")
+    parser.add_argument("--decode", action="store_true", help="read every byte: decode images, check captions")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: all cores)")
     parser.add_argument("--show", type=int, default=50, metavar="N", help="problems printed at most (0: all)")
 

@@ -21,8 +21,6 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
-from pretrain.checkpoint import Checkpoint, find_latest, open_checkpoint
-from pretrain.checkpoint.layout import MANIFEST
 from pretrain.errors import UserError
 from pretrain.models.request import FeatureRequest
 from pretrain.models.trunk import Trunk, build_trunk
@@ -30,7 +28,6 @@ from pretrain.recipe import ModelRecipe
 from pretrain.views.decode import DamagedSample, decode
 from pretrain.views.geometry import eval_crop
 from pretrain.views.tokenizer import ClipTokenizer
-from pretrain.weights.naming import differences
 
 ImageLike = bytes | str | Path | Image.Image | np.ndarray
 IMAGE = FeatureRequest("image", "image")
@@ -153,60 +150,20 @@ class Encoder:
         return out
 
 
-def load(
-    path: str | Path, device: str | torch.device = "auto", precision: Literal["fp32", "bf16"] = "fp32"
-) -> Encoder:
+def load(path: str | Path, device: str | torch.device = "auto", precision: Literal["fp32", "bf16"] = "fp32") -> Encoder:
     """The encoder in a run folder (its newest whole checkpoint), a checkpoints folder, or one step's folder.
 
     Raises:
         UserError: there is no whole checkpoint, or its tensors are not those of the model its recipe names.
     """
-    checkpoint = _find(Path(path))
+    checkpoint = find_checkpoint(path)
     try:
         model = ModelRecipe.model_validate(checkpoint.meta["recipe"]["model"])
     except (KeyError, TypeError, ValidationError) as error:
-        raise UserError(
-            f"{checkpoint.path} does not say which model it holds (meta recipe.model: {error})"
-        ) from None
+        raise UserError(f"{checkpoint.path} does not say which model it holds (meta recipe.model: {error})") from None
     trunk = build_trunk(model, seed=0)
     load_trunk(trunk, checkpoint)
     return Encoder(trunk, model, device=device, precision=precision)
-
-
-def load_trunk(trunk: Trunk, checkpoint: Checkpoint) -> None:
-    """Copy the checkpoint's model into `trunk`.
-
-    Raises:
-        UserError: names or shapes differ; all are shown, nothing was copied.
-    """
-    stored = {n.removeprefix("model."): n for n in checkpoint.names() if n.startswith("model.")}
-    own = trunk.state_dict()
-    differ = differences(
-        {n: tuple(t.shape) for n, t in own.items()}, {n: checkpoint.shape(full) for n, full in stored.items()}
-    )
-    if differ:
-        raise UserError(
-            f"{checkpoint.path} is of another model than {trunk.image.name} as built here:\n{differ}"
-        )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(checkpoint.read(stored[name]))
-
-
-def _find(path: Path) -> Checkpoint:
-    if not path.is_dir():
-        raise UserError(
-            f"{path}: no such folder; give a run folder, its checkpoints folder, or one step's folder"
-        )
-    if (path / MANIFEST).is_file() or path.name.startswith("step_"):
-        return open_checkpoint(path)
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found = find_latest(root)
-    if found is None:
-        raise UserError(
-            f"{path}: holds no whole checkpoint; give a run folder, its checkpoints folder, or one step's"
-        )
-    return found
 
 
 def _pixels(image: ImageLike) -> np.ndarray:
@@ -217,9 +174,7 @@ def _pixels(image: ImageLike) -> np.ndarray:
         return decode(_read(Path(image)))
     if isinstance(image, Image.Image):
         if image.mode[0] in "IF":  # Pillow's conversion clips these to white
-            raise UserError(
-                f"a PIL image of mode {image.mode} has no 8-bit colours; give the file's bytes instead"
-            )
+            raise UserError(f"a PIL image of mode {image.mode} has no 8-bit colours; give the file's bytes instead")
         return np.array(image.convert("RGB"))
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         if image.size == 0:

@@ -27,7 +27,11 @@ def launched() -> bool:
 
 def run_world(world: int, argv: Sequence[str]) -> int:
     """Run ``python ARGV`` as `world` ranks and wait; the first exit code that is not 0, else 0."""
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world)}
+    environment = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(world),
+    }
     # libraries that default to all cores in every rank would fight each other
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // world)))
     ranks = [_start(argv, environment | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(world)]
@@ -72,7 +76,8 @@ def _bring_down(ranks: list[subprocess.Popen], failed: int) -> int:
     code = ranks[failed].returncode
     if code < 0:
         print(
-            f"rank {failed} was killed by {signal.Signals(-code).name}; the same command resumes the run", file=sys.stderr
+            f"rank {failed} was killed by {signal.Signals(-code).name}; the same command resumes the run",
+            file=sys.stderr,
         )
     return code if code > 0 else 128 - code
 

@@ -42,9 +42,7 @@ class Mixture:
         for from_step, changed in segments:
             name = f"segment from step {from_step}"
             if from_step < self._segments[-1].from_step:
-                raise UserError(
-                    f"{name} stands after step {self._segments[-1].from_step}: put them in rising steps"
-                )
+                raise UserError(f"{name} stands after step {self._segments[-1].from_step}: put them in rising steps")
             self._segments.append(_Segment(from_step, _checked_quotas(name, changed, sizes, global_batch)))
         self._had = self._counts_at_segments(len(sizes), lanes)
 
@@ -54,9 +52,7 @@ class Mixture:
         segment, offsets = self._segments[active], lanes * self._share
         slots, first = positions + offsets, segment.from_step * self._share + offsets
         source = segment.pattern[slots % PERIOD]
-        return source, self._had[active][source, lanes] + segment.count(source, slots) - segment.count(
-            source, first
-        )
+        return source, self._had[active][source, lanes] + segment.count(source, slots) - segment.count(source, first)
 
     def description(self) -> list:
         """[from_step, slots of each source in PERIOD] of every segment, as plain JSON."""
@@ -89,9 +85,7 @@ class _Segment:
         return slots // PERIOD * self.quotas[source] + self._before[source, slots % PERIOD]
 
 
-def _checked_quotas(
-    name: str, weights: Sequence[float] | None, sizes: np.ndarray, global_batch: int
-) -> list[int]:
+def _checked_quotas(name: str, weights: Sequence[float] | None, sizes: np.ndarray, global_batch: int) -> list[int]:
     samples = sizes.tolist()
     checked = samples if weights is None else _checked_weights(name, weights, len(samples))
     quotas = _quotas(checked)

@@ -76,9 +76,7 @@ class SampleOrder:
         self._share = self.global_batch // self.lanes  # rows a lane gives to a batch
         self._warn_of_few_lanes()
         self.blocks = [block or _default_block(samples, self.lanes) for samples in self._sizes.tolist()]
-        self._mixture = Mixture(
-            self._sizes, weights, segments, global_batch=self.global_batch, lanes=self.lanes
-        )
+        self._mixture = Mixture(self._sizes, weights, segments, global_batch=self.global_batch, lanes=self.lanes)
         self._block_keys, self._window_keys = self._keys("block"), self._keys("window")
         self._described = [_described(line) for line in lines]
 
@@ -198,9 +196,7 @@ def _checked_lines(sources: Sequence[Sequence[int]]) -> list[np.ndarray]:
         if line.ndim != 1 or line.dtype.kind not in "iu" or line.min() < 0:
             raise UserError(f"source {d} must be a list of shard lengths, whole numbers from 0 on")
         if not 0 < int(line.sum()) < MAX_ID:
-            raise UserError(
-                f"source {d}: {line.size} shards hold {line.sum()} samples; pack it again, or leave it out"
-            )
+            raise UserError(f"source {d}: {line.size} shards hold {line.sum()} samples; pack it again, or leave it out")
     return lines
 
 

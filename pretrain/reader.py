@@ -144,9 +144,7 @@ class Reader:
 def _check(image_views, text_views, tokenizer, threads: int, prefetch: int) -> None:
     names = [view.name for view in (*image_views, *text_views)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(
-            f"two views are named {', '.join(twice)}: random numbers go by the name, so each needs its own"
-        )
+        raise UserError(f"two views are named {', '.join(twice)}: random numbers go by the name, so each needs its own")
     if text_views and tokenizer is None:
         raise UserError("text views need a tokenizer")
     if threads < 1 or prefetch < 0:

@@ -289,7 +289,9 @@ def _explain(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         *parents, key = error["loc"]
         near = difflib.get_close_matches(str(key), _fields(parents), n=1, cutoff=0.5)
-        return f"unknown key {location}" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(_fields(parents))}")
+        return f"unknown key {location}" + (
+            f"; did you mean {near[0]}?" if near else f"; known: {', '.join(_fields(parents))}"
+        )
     message = error["msg"].removeprefix("Value error, ")
     given = error.get("input")
     shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) or given is None else ""

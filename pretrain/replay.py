@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pretrain.backends.ddp import DDP
 from pretrain.backends.replicated import Replicated
-from pretrain.checkpoint import Checkpoint, find_at_or_before
+from pretrain.checkpoint import Checkpoint, find_latest
 from pretrain.data import open_data
 from pretrain.distributed.process import Process
 from pretrain.distributed.syncbn import frozen_statistics
@@ -79,7 +79,7 @@ def replay(run: Path, step: int, *, advance: bool = False) -> Replayed:
     sources, order = open_data(recipe)
     if not 0 <= step < recipe.total_steps(order.samples):
         raise UserError(f"step {step} is outside the run: it has steps 0 to {recipe.total_steps(order.samples) - 1}")
-    checkpoint = find_at_or_before(folder.checkpoints, step)
+    checkpoint = find_latest(folder.checkpoints, at_most=step)
     if checkpoint is None and not advance:
         raise UserError(
             f"{folder.checkpoints} holds no checkpoint at or before step {step}; --advance trains up to it from step 0"
@@ -139,9 +139,7 @@ class _State:
                     start = (rank * self.recipe.accumulation + micro) * size
                     parts.append(self._two_stage(rank).features(batch.rows(start, start + size), micro))
         features = {r: torch.cat([p[r] for p in parts]) for r in parts[0]}
-        return {
-            name: o.options.weight * o.sample_losses(features, batch) for name, o in self.joint.by_name.items()
-        }
+        return {name: o.options.weight * o.sample_losses(features, batch) for name, o in self.joint.by_name.items()}
 
     def _two_stage(self, rank: int) -> TwoStage:
         accumulation, seed = self.recipe.accumulation, self.recipe.seed

@@ -1,8 +1,8 @@
 """A run's folder: the recipe it was started with, who may write into it, what it was started by.
 
-    RUN/recipe.yaml      resolved recipe          RUN/log.jsonl      a line a logged step
-    RUN/run.json         every start of it        RUN/damaged.jsonl  samples passed over, and why
-    RUN/checkpoints/     a folder a saved step    RUN/tensorboard/
+RUN/recipe.yaml      resolved recipe          RUN/log.jsonl      a line a logged step
+RUN/run.json         every start of it        RUN/damaged.jsonl  samples passed over, and why
+RUN/checkpoints/     a folder a saved step    RUN/tensorboard/
 """
 
 from __future__ import annotations

@@ -37,7 +37,9 @@ class StepResult:
 class TwoStage:
     """The step's forward and backward, bound to a backend and a joint objective."""
 
-    def __init__(self, backend: Backend, joint: Joint, *, accumulation: int, seed: int, rank: int, group: object) -> None:
+    def __init__(
+        self, backend: Backend, joint: Joint, *, accumulation: int, seed: int, rank: int, group: object
+    ) -> None:
         self.backend, self.joint = backend, joint
         self.accumulation, self.seed, self.rank, self.group = accumulation, seed, rank, group
         self.requests = joint.requests()

@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import logging
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from pretrain.backends.ddp import DDP
 from pretrain.backends.replicated import Replicated
-from pretrain.checkpoint import CheckpointWriter, find_latest, new_attempt
+from pretrain.checkpoint import (
+    CheckpointWriter,
+    Fragment,
+    find_latest,
+    new_attempt,
+    open_checkpoint,
+    step_dir,
+)
 from pretrain.data import open_data
 from pretrain.distributed.collectives import all_gather_rows
 from pretrain.distributed.flags import SharedFlags
@@ -74,6 +81,8 @@ def _loop(run: _Run) -> None:
         # ---- log
         done = batch.step + 1
         last = done == run.total
+        if done == run.start + 1:
+            run.writer.reserve(run.fragments())  # host memory for the first save, now that all state exists
         if last or done % recipe.log.every == 0 or done == run.start + 1:
             line = {"samples_seen": done * recipe.global_batch, "epoch": run.order.epoch_of(done)}
             line |= {"loss": result.loss, **result.figures, "lr": lr, "grad_norm": grad_norm}
@@ -119,8 +128,12 @@ class _Run:
             "world": self.process.world,
             "backend": self.backend.describe(),
         }
-        self.writer.save(step, self.backend.fragments() + self.replicated.fragments(), meta)
+        self.writer.save(step, self.fragments(), meta)
         self.log.event("save", step=step)
+
+    def fragments(self) -> list[Fragment]:
+        """All that this rank writes of the run's state."""
+        return self.backend.fragments() + self.replicated.fragments()
 
     def embedding_signals(self, features: Features) -> dict[str, float]:
         """RankMe and spread of the image embeddings of the global batch; gathered from all ranks, on all ranks."""
@@ -128,7 +141,10 @@ class _Run:
         for request, feature in features.items():
             if request.tower == "image" and request.output == "embedding":
                 rows = all_gather_rows(feature)
-                found |= {f"rankme/{request.view}": rankme(rows), f"embedding_std/{request.view}": embedding_std(rows)}
+                found |= {
+                    f"rankme/{request.view}": rankme(rows),
+                    f"embedding_std/{request.view}": embedding_std(rows),
+                }
         return found
 
     @contextmanager
@@ -165,10 +181,10 @@ def _setup(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
     joint = Joint(build(recipe.objectives))
     trunk = build_trunk(recipe.model, seed=recipe.seed)
     if process.world > 1 and recipe.model.sync_batchnorm:
-        trunk = convert(trunk)
+        convert(trunk)
     backend = DDP(trunk, recipe, process)
     replicated = Replicated(joint, recipe.optimizer, process)
-    start = _resume(folder, order, backend, replicated)
+    start = _resume(folder, process, order, backend, replicated)
     reader = Reader(
         sources,
         order,
@@ -195,48 +211,59 @@ def _setup(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
         folder.checkpoints,
         rank=process.rank,
         world=process.world,
-        attempt=_shared_attempt(process),
+        attempt=_from_first(new_attempt(), process),
         keep_last=recipe.checkpoint.keep_last,
         keep_every=recipe.checkpoint.keep_every,
     )
     run_log = RunLog(
-        folder.path, total_steps=total, resume_step=start or None, rank=process.rank, tensorboard=recipe.log.tensorboard
+        folder.path,
+        total_steps=total,
+        resume_step=start or None,
+        rank=process.rank,
+        tensorboard=recipe.log.tensorboard,
     )
     cleanup.callback(run_log.close)
     run = _Run(
         recipe, process, folder, order, reader, joint, backend, replicated, two_stage, writer, run_log,
         SharedFlags(("stop",), process.world), start, total,
     )  # fmt: skip
-    _listen(run)
+    _listen(run, cleanup)
     _announce(run)
     return run
 
 
-def _resume(folder: RunFolder, order: SampleOrder, backend: DDP, replicated: Replicated) -> int:
-    checkpoint = find_latest(folder.checkpoints)
-    if checkpoint is None:
+def _resume(folder: RunFolder, process: Process, order: SampleOrder, backend: DDP, replicated: Replicated) -> int:
+    # rank 0 checks every byte and tells the others which one it is: all load the same, or none
+    step = None
+    if process.first:
+        newest = find_latest(folder.checkpoints, verify=True)
+        step = newest.step if newest else None
+    step = _from_first(step, process)
+    if step is None:
         return 0
+    checkpoint = open_checkpoint(step_dir(folder.checkpoints, step))
     order.check_continues(checkpoint.meta["order"], checkpoint.step)
     backend.load(checkpoint)
     replicated.load(checkpoint)
     return checkpoint.step
 
 
-def _shared_attempt(process: Process) -> str:
-    token = [new_attempt()]
+def _from_first(value: Any, process: Process) -> Any:
+    """What rank 0 has, on all ranks."""
+    shared = [value]
     if process.world > 1:
-        dist.broadcast_object_list(token, src=0)
-    return token[0]
+        dist.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
-def _listen(run: _Run) -> None:
+def _listen(run: _Run, cleanup: ExitStack) -> None:
     def raise_stop(number: int, _frame: object) -> None:
         if "stop" in run.raised and number == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C does not wait for the save
         run.raised.add("stop")
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, raise_stop)
+        cleanup.callback(signal.signal, number, signal.signal(number, raise_stop))
 
 
 def _announce(run: _Run) -> None:

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-
 # ranks are forked from a server that has the heavy imports behind it, but has started no thread and no group
 multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "timm", "pretrain.models.trunk"])
 

@@ -28,9 +28,7 @@ SKIPPED = {
 
 def section(lines: Iterable[Mapping[str, Any]]) -> str:
     """All curves of a run log, as HTML; `lines` are its entries in order of step."""
-    drawn = [
-        _card(key, points) for key, points in sorted(series(lines).items(), key=lambda kv: _place(kv[0]))
-    ]
+    drawn = [_card(key, points) for key, points in sorted(series(lines).items(), key=lambda kv: _place(kv[0]))]
     if not drawn:
         return '<p class="card empty">The run has logged no steps yet.</p>'
     return f'<div class="grid">{"".join(drawn)}</div>'

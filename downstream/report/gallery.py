@@ -31,8 +31,7 @@ def photographs(examples: Sequence[Mapping[str, Any]], own: str = "own caption")
 
 def _photograph(example: Mapping[str, Any], own: str) -> str:
     texts = "".join(
-        f"<li{_right(t)}>{isolated(short(t.get('text', ''), CAPTION_LENGTH))}</li>"
-        for t in example.get("found", ())
+        f"<li{_right(t)}>{isolated(short(t.get('text', ''), CAPTION_LENGTH))}</li>" for t in example.get("found", ())
     )
     return (
         f'<div class="query"><div class="asked">{image(example.get("src"), example.get("name", ""))}'

@@ -72,9 +72,7 @@ def evaluations(found: Found, run: str) -> list[Evaluation]:
         group = list(entries)
         paths = {id(r): path for path, r in group}
         cols = columns([r for _, r in group], run)
-        made.append(
-            Evaluation(cols, [files.read_pictures(paths[id(c.result)]) for c in cols], f"evaluation-{i + 1}")
-        )
+        made.append(Evaluation(cols, [files.read_pictures(paths[id(c.result)]) for c in cols], f"evaluation-{i + 1}"))
     return made
 
 
@@ -115,9 +113,7 @@ def _facts(facts: Mapping[str, Any]) -> str:
 
 
 def _navigation(done: Sequence[Evaluation]) -> str:
-    links = [
-        (e.anchor, f"{task(e.columns[0].result.task).title}: {e.columns[0].result.dataset}") for e in done
-    ]
+    links = [(e.anchor, f"{task(e.columns[0].result.task).title}: {e.columns[0].result.dataset}") for e in done]
     links += [("training", "Training"), ("reading", "How to read this")]
     return "<nav>" + "".join(f'<a href="#{anchor}">{esc(title)}</a>' for anchor, title in links) + "</nav>"
 
@@ -135,12 +131,7 @@ def _summary(done: Sequence[Evaluation]) -> str:
 
 def _how_to_read(done: Sequence[Evaluation], found: Found) -> str:
     methods = sorted(
-        {
-            str(c.result.details["intervals"])
-            for e in done
-            for c in e.columns
-            if "intervals" in c.result.details
-        }
+        {str(c.result.details["intervals"]) for e in done for c in e.columns if "intervals" in c.result.details}
     )
     lines = [
         "Chance is what guessing gives: of 200 photographs a caption finds its own first once in 200.",

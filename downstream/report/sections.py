@@ -104,11 +104,7 @@ def _confusion(data: Mapping[str, Any] | None) -> str:
 def _maps(cols: Sequence[Column], pictures: Sequence[Pictures], anchor: str) -> str:
     shown = [(cols[0].name, pictures[0]["map"])] if pictures[0].get("map") else []
     beside = next(
-        (
-            (c.name, p["map"])
-            for c, p in zip(cols[1:], pictures[1:])
-            if is_untrained(c.result) and p.get("map")
-        ),
+        ((c.name, p["map"]) for c, p in zip(cols[1:], pictures[1:]) if is_untrained(c.result) and p.get("map")),
         None,
     )
     shown += [beside] if beside and shown else []

@@ -115,8 +115,7 @@ def table(cols: Sequence[Column]) -> str:
     names = list(dict.fromkeys(m for c in cols for m in c.result.metrics))
     top = _tops(cols, names)
     heads = "".join(
-        f'<th scope="col"><span class="key" style="background:{c.colour}"></span>{isolated(c.name)}</th>'
-        for c in cols
+        f'<th scope="col"><span class="key" style="background:{c.colour}"></span>{isolated(c.name)}</th>' for c in cols
     )
     plot = f'<th class="plot" scope="col">{_axis_words(top)}</th>'
     body = "".join(_row(m, cols, top) for m in names)
@@ -130,9 +129,7 @@ def _tops(cols: Sequence[Column], names: Sequence[str]) -> dict[str, float]:
     """The end of the axis for each kind of metric: all shares of a table stand on one axis."""
     tops: dict[str, float] = {}
     for name in names:
-        seen = [
-            v for c in cols for v in (c.result.metrics.get(name), c.result.chance.get(name)) if v is not None
-        ]
+        seen = [v for c in cols for v in (c.result.metrics.get(name), c.result.chance.get(name)) if v is not None]
         seen += [c.result.intervals[name][1] for c in cols if name in c.result.intervals]
         kind = meaning(name).kind
         tops[kind] = max([tops.get(kind, 0.0), *seen])
@@ -168,9 +165,7 @@ def _cell(column: Column, name: str, means: Meaning) -> str:
     interval = column.result.intervals.get(name)
     within = f"<small>{_range(interval, means)}</small>" if interval else ""
     kind = ' class="own"' if column.own else ""
-    return (
-        f'<td{kind} data-of="{esc(column.name)}">{show(column.result.metrics.get(name), means)}{within}</td>'
-    )
+    return f'<td{kind} data-of="{esc(column.name)}">{show(column.result.metrics.get(name), means)}{within}</td>'
 
 
 def show(value: float | None, means: Meaning) -> str:

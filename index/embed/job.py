@@ -80,9 +80,7 @@ def embed_shards(
         before = read_done(unit)
         done = before or _embed_tar(encoder, Path(path), identity, unit, options)
         counts.add(done, known=before is not None)
-        log.info(
-            "%s: %d of %d samples embedded%s", path, done.rows, done.members, " before" if before else ""
-        )
+        log.info("%s: %d of %d samples embedded%s", path, done.rows, done.members, " before" if before else "")
     return counts
 
 

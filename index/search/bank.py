@@ -128,8 +128,7 @@ _norms_lock = threading.Lock()
 
 
 def remembered(rows: np.ndarray, owner: object = None) -> Bank:
-    """The bank of one array. That its rows are finite is remembered with the array, so a second call costs
-    nothing.
+    """The bank of one array. That its rows are finite is remembered, so a second call costs nothing.
 
     `owner`: what the caller holds, when `rows` is only a view of it (a tensor). An array that was overwritten
     since is checked again when one of 4 sampled rows shows it; to be sure, make a new `Bank`.
@@ -149,9 +148,7 @@ def remembered(rows: np.ndarray, owner: object = None) -> Bank:
 def check_matrix(rows: object, name: str) -> None:
     """Raise `BadInput` unless `rows` is a float matrix with at least one column."""
     if not isinstance(rows, np.ndarray):
-        raise BadInput(
-            f"{name}: expected an array or a tensor of shape (rows, dim), got {type(rows).__name__}"
-        )
+        raise BadInput(f"{name}: expected an array or a tensor of shape (rows, dim), got {type(rows).__name__}")
     if rows.ndim != 2 or rows.shape[1] == 0 or rows.dtype.kind != "f":
         raise BadInput(f"{name}: expected floats of shape (rows, dim), got {rows.dtype} {rows.shape}")
 

@@ -25,9 +25,7 @@ class DeviceBank(AnyBank):
 
     def __init__(self, rows: Tensor):
         if rows.ndim != 2 or rows.shape[1] == 0 or not rows.is_floating_point():
-            raise BadInput(
-                f"bank: expected floats of shape (rows, dim), got {rows.dtype} {tuple(rows.shape)}"
-            )
+            raise BadInput(f"bank: expected floats of shape (rows, dim), got {rows.dtype} {tuple(rows.shape)}")
         self._all = rows.detach()
         self.rows, self.dim = rows.shape
         self.extra = 2.0**-7 if _cuts_factors() else 0.0

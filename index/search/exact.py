@@ -89,9 +89,7 @@ def _queries(queries: Any, bank: AnyBank, k: int) -> Pair:
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
         raise BadInput(f"k must be a whole number of at least 1, got {k!r}")
     if hasattr(queries, "detach"):
-        queries = (
-            queries.detach().cpu().float().numpy() if queries.is_floating_point() else queries.cpu().numpy()
-        )
+        queries = queries.detach().cpu().float().numpy() if queries.is_floating_point() else queries.cpu().numpy()
     check_matrix(queries, "queries")
     if queries.shape[1] != bank.dim:
         raise BadInput(f"queries: width {queries.shape[1]}, but the bank's rows have width {bank.dim}")

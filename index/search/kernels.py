@@ -33,9 +33,7 @@ TEAM_QUERIES = 8  # from here on several threads
 _threshold_lock = threading.Lock()
 
 
-def best(
-    queries: np.ndarray, runs: Iterable[tuple[int, np.ndarray]], count: int
-) -> tuple[np.ndarray, np.ndarray]:
+def best(queries: np.ndarray, runs: Iterable[tuple[int, np.ndarray]], count: int) -> tuple[np.ndarray, np.ndarray]:
     """(scores, ids), each (Q, count): the best `count` rows by float32 products, in no stated order.
 
     queries: (Q, D) float32, Q ≥ 1; runs: (first id, rows float32), together at least `count` rows. Ties and

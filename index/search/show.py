@@ -68,7 +68,7 @@ def page(
 
 def _card(score: float, item: dict[str, Any], thumb: bytes) -> str:
     picture = base64.b64encode(thumb).decode()
-    captions = "<br>".join(c for c in item["captions"])
+    captions = "<br>".join(html.escape(c) for c in item["captions"])
     key = html.escape(item["key"])
     return (
         f'<li><img src="data:image/jpeg;base64,{picture}" alt="{key}"><br><strong>{score:.4f}</strong> '

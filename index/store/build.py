@@ -74,9 +74,7 @@ def _one_space(units: dict[str, Done], embeddings: Path) -> Done:
         spaces.setdefault(done.fingerprint, []).append(name)
     if len(spaces) > 1:
         found = "; ".join(f"{len(names)} units of encoder {f[:12]}" for f, names in spaces.items())
-        raise WrongEncoder(
-            f"{embeddings} mixes embedding spaces: {found}. Give each encoder a folder of its own"
-        )
+        raise WrongEncoder(f"{embeddings} mixes embedding spaces: {found}. Give each encoder a folder of its own")
     return next(iter(units.values()))
 
 
@@ -94,9 +92,7 @@ def _refuse_changed(base: Manifest, units: Iterable[Done]) -> None:
     held = {source["shard"]: identity for identity, source in base.sources.items() if identity in _held(base)}
     for done in units:
         if held.get(done.shard, done.source) != done.source:
-            raise UserError(
-                f"{done.shard} changed since it was added: add --replace to build the version anew"
-            )
+            raise UserError(f"{done.shard} changed since it was added: add --replace to build the version anew")
 
 
 def _held(manifest: Manifest) -> set[str]:

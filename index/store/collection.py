@@ -83,9 +83,7 @@ class Collection:
         with new_folder(versions) as folder:
             (folder / FILE).write_text(manifest.to_json(), encoding="utf-8")
             if not commit_folder(folder, versions / manifest.version):
-                raise StaleParent(
-                    f"version {manifest.version} was built by another process meanwhile: build again"
-                )
+                raise StaleParent(f"version {manifest.version} was built by another process meanwhile: build again")
 
     def publish(self, version: str | None = None) -> tuple[str | None, str]:
         """Serve `version` (the newest); (the version served before, the one served now).
@@ -132,9 +130,7 @@ class Collection:
         try:
             files = sorted(folder.iterdir())
         except OSError as error:
-            raise DamagedCollection(
-                f"{folder} is missing ({error.strerror}): restore it from a copy"
-            ) from error
+            raise DamagedCollection(f"{folder} is missing ({error.strerror}): restore it from a copy") from error
         stats = [(p.name, p.stat()) for p in files]
         return [[name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in stats]
 

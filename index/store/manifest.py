@@ -56,9 +56,7 @@ def read_manifest(path: Path) -> Manifest:
         stored = json.loads(path.read_text(encoding="utf-8"))
         schema = stored["schema"]
         if schema != SCHEMA:
-            raise DamagedCollection(
-                f"{path} has schema {schema}, this polyview reads {SCHEMA}: update polyview"
-            )
+            raise DamagedCollection(f"{path} has schema {schema}, this polyview reads {SCHEMA}: update polyview")
         manifest = Manifest(**stored)
         _check(manifest)
     except DamagedCollection:

@@ -50,9 +50,7 @@ class Segment:
         self.emb = self._array("emb.npy", np.float16, 2)  # (N, D)
         self.ids = self._array("ids.npy", np.int64, 1)  # (N,)
         if len(self.emb) != record["rows"] or len(self.ids) != record["rows"]:
-            raise DamagedCollection(
-                f"{folder}: {len(self.emb)} vectors, {len(self.ids)} ids, {record['rows']} rows"
-            )
+            raise DamagedCollection(f"{folder}: {len(self.emb)} vectors, {len(self.ids)} ids, {record['rows']} rows")
 
     @cached_property
     def texts(self) -> np.ndarray:
@@ -83,9 +81,7 @@ class Segment:
         except (OSError, ValueError) as error:
             raise DamagedCollection(f"{self.folder / name} cannot be read: {error}") from error
         if found.dtype != dtype or found.ndim != ndim:
-            raise DamagedCollection(
-                f"{self.folder / name}: {found.dtype} {found.shape} is not what it should be"
-            )
+            raise DamagedCollection(f"{self.folder / name}: {found.dtype} {found.shape} is not what it should be")
         return found
 
 
@@ -184,9 +180,7 @@ def _load(piece: Piece, name: str, rows: int) -> np.ndarray:
             f"{piece.folder / name} cannot be read ({error}): remove the unit, embed again"
         ) from error
     if len(found) != rows or (found.ndim == 2 and rows and found.shape[1] != piece.done.dim):
-        raise DamagedCollection(
-            f"{piece.folder / name}: {found.shape} is not what DONE.json says: embed again"
-        )
+        raise DamagedCollection(f"{piece.folder / name}: {found.shape} is not what DONE.json says: embed again")
     return found
 
 

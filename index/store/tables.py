@@ -24,9 +24,7 @@ META = pa.schema(
         ("json", pa.string()),  # the sample's .json as it stands there; "" when it has none
     ]
 )
-SKIPPED = pa.schema(
-    [("key", pa.string()), ("shard", pa.string()), ("member", pa.int64()), ("reason", pa.string())]
-)
+SKIPPED = pa.schema([("key", pa.string()), ("shard", pa.string()), ("member", pa.int64()), ("reason", pa.string())])
 CANARIES = pa.schema([("row", pa.int64()), ("image", pa.binary())])
 
 ROW_GROUP = 4096  # a parquet row group is read whole: small ones make a single row cheap

@@ -67,9 +67,7 @@ def unit_name(identity: str, fingerprint: str, texts: bool) -> str:
 def write_unit(units: Path, name: str, rows: UnitRows, done: Done) -> None:
     """Write a unit; without effect when another process has finished the same one meanwhile."""
     if done.rows + sum(done.skipped.values()) != done.members:
-        raise ValueError(
-            f"{done.shard}: {done.rows} rows and {done.skipped} skipped of {done.members} samples"
-        )
+        raise ValueError(f"{done.shard}: {done.rows} rows and {done.skipped} skipped of {done.members} samples")
     with new_folder(units) as folder:
         np.save(folder / "images.npy", rows.images.astype(np.float16))
         np.save(folder / "texts.npy", rows.texts.astype(np.float16))
@@ -90,9 +88,7 @@ def read_done(unit: Path) -> Done | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
-        raise DamagedCollection(
-            f"{unit}/DONE.json is damaged ({error}): remove {unit} and embed again"
-        ) from error
+        raise DamagedCollection(f"{unit}/DONE.json is damaged ({error}): remove {unit} and embed again") from error
 
 
 def finished_units(embeddings: Path) -> dict[str, Done]:

@@ -20,15 +20,17 @@ from pretrain.backends.state import load_optimizer, optimizer_tensors
 from pretrain.checkpoint import Checkpoint, Fragment, slice_for_rank
 from pretrain.distributed.process import Process
 from pretrain.models.request import FeatureRequest
+from pretrain.models.trunk import Trunk
 from pretrain.objectives.base import at_least_fp32
 from pretrain.optim.adamw import build_adamw, set_lr
 from pretrain.recipe import Recipe
+from pretrain.weights.native import load_trunk
 
 
 class DDP:
     """See `pretrain.backends.base.Backend`."""
 
-    def __init__(self, trunk: nn.Module, recipe: Recipe, process: Process) -> None:
+    def __init__(self, trunk: Trunk, recipe: Recipe, process: Process) -> None:
         self.trunk = trunk.to(process.device)
         self._process = process
         self._autocast_dtype = torch.bfloat16 if recipe.precision == "bf16" else None
@@ -77,8 +79,7 @@ class DDP:
         return slice_for_rank(tensors, self._process.rank, self._process.world)
 
     def load(self, checkpoint: Checkpoint) -> None:
-        state = {name: checkpoint.read(f"model.{name}") for name in self.trunk.state_dict()}
-        self.trunk.load_state_dict(state)
+        load_trunk(self.trunk, checkpoint)
         load_optimizer("optim", self._optimizer, dict(self.trunk.named_parameters()), checkpoint)
 
     def describe(self) -> str:

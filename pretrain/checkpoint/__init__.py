@@ -2,7 +2,8 @@
 
 from pretrain.checkpoint.errors import CheckpointDiskError, CheckpointError
 from pretrain.checkpoint.fragments import Fragment, slice_for_rank
-from pretrain.checkpoint.reader import Checkpoint, find_latest, open_checkpoint
+from pretrain.checkpoint.layout import step_dir
+from pretrain.checkpoint.reader import Checkpoint, find_checkpoint, find_latest, open_checkpoint
 from pretrain.checkpoint.writer import CheckpointWriter, new_attempt
 
 __all__ = [
@@ -11,8 +12,10 @@ __all__ = [
     "CheckpointError",
     "CheckpointWriter",
     "Fragment",
+    "find_checkpoint",
     "find_latest",
     "new_attempt",
     "open_checkpoint",
     "slice_for_rank",
+    "step_dir",
 ]

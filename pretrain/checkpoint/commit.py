@@ -39,9 +39,7 @@ def commit(root: Path, step: int, attempt: str, world: int, meta: dict[str, Any]
     of its size.
     """
     folder = step_dir(root, step)
-    parts = [
-        _read_part(folder / part_name(attempt, r), r) for r in _arrivals(folder, attempt, world, timeout_s)
-    ]
+    parts = [_read_part(folder / part_name(attempt, r), r) for r in _arrivals(folder, attempt, world, timeout_s)]
     files = {name: size for part in parts for name, size in part["files"].items()}
     tensors = merge((decode_tensors(part["tensors"]) for part in parts), folder)
     manifest = Manifest(step, attempt, world, files, tensors, meta)
@@ -122,9 +120,7 @@ def _remove(path: Path) -> None:
     sync_folder(path)
     shutil.rmtree(path, ignore_errors=True)
     if path.exists():
-        log.warning(
-            "%s: could not be removed entirely; it is no longer a checkpoint and may be deleted", path
-        )
+        log.warning("%s: could not be removed entirely; it is no longer a checkpoint and may be deleted", path)
 
 
 def sweep_others(root: Path, attempt: str) -> None:

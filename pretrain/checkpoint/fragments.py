@@ -48,9 +48,7 @@ class Fragment:
                 f"tensor {self.name!r}: the piece at {self.offset} is {self.data.dtype}, not {self.dtype}"
             )
         if self.data.dim() != 1:
-            raise CheckpointError(
-                f"tensor {self.name!r}: a fragment's data must be flat, not {self.data.shape}"
-            )
+            raise CheckpointError(f"tensor {self.name!r}: a fragment's data must be flat, not {self.data.shape}")
         if self.offset < 0 or self.offset + length > self.numel:
             raise CheckpointError(
                 f"tensor {self.name!r}: elements [{self.offset}, {self.offset + length}) lie outside "

@@ -79,9 +79,7 @@ def attempt_of(file_name: str) -> str | None:
 
 def check_attempt(attempt: str) -> str:
     if not _ATTEMPT.fullmatch(attempt):
-        raise CheckpointError(
-            f"attempt {attempt!r}: use letters and digits only (it becomes part of file names)"
-        )
+        raise CheckpointError(f"attempt {attempt!r}: use letters and digits only (it becomes part of file names)")
     return attempt
 
 

@@ -73,9 +73,7 @@ def unseal(data: bytes, path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{path}: damaged ({type(e).__name__}: {e}); use another checkpoint") from e
     if stored != _digest(body):
-        raise CheckpointError(
-            f"{path}: damaged (its content does not match its SHA-256); use another checkpoint"
-        )
+        raise CheckpointError(f"{path}: damaged (its content does not match its SHA-256); use another checkpoint")
     return body
 
 
@@ -88,8 +86,7 @@ def encode_tensors(tensors: Mapping[str, Entry]) -> dict[str, Any]:
 
 def decode_tensors(raw: Mapping[str, Any]) -> dict[str, Entry]:
     return {
-        name: Entry(e["dtype"], tuple(e["shape"]), tuple(Range(*r) for r in e["ranges"]))
-        for name, e in raw.items()
+        name: Entry(e["dtype"], tuple(e["shape"]), tuple(Range(*r) for r in e["ranges"])) for name, e in raw.items()
     }
 
 
@@ -139,8 +136,7 @@ def merge(parts: Iterable[Mapping[str, Entry]], where: Path) -> dict[str, Entry]
             kind = kinds.setdefault(name, (entry.dtype, entry.shape))
             if kind != (entry.dtype, entry.shape):
                 raise CheckpointError(
-                    f"{where}: the ranks disagree about tensor {name!r}: {kind} and "
-                    f"{(entry.dtype, entry.shape)}"
+                    f"{where}: the ranks disagree about tensor {name!r}: {kind} and {(entry.dtype, entry.shape)}"
                 )
             ranges.setdefault(name, []).extend(entry.ranges)
     return {name: _covered(name, Entry(*kinds[name], tuple(sorted(ranges[name]))), where) for name in kinds}

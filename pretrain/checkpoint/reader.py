@@ -34,13 +34,35 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     return checkpoint
 
 
-def find_latest(root: Path | str, *, verify: bool = False) -> Checkpoint | None:
-    """The whole checkpoint of the highest step under `root`, None when there is none.
+def find_checkpoint(path: Path | str) -> Checkpoint:
+    """The newest whole checkpoint of a run folder or a checkpoints folder, or the one in one step's folder.
+
+    Raises CheckpointError when there is none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path}: no such folder; give a run folder, its checkpoints folder, or one step's folder"
+        )
+    if (path / MANIFEST).is_file() or path.name.startswith("step_"):
+        return open_checkpoint(path)
+    found = find_latest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    if found is None:
+        raise CheckpointError(
+            f"{path} holds no whole checkpoint; give a run folder, its checkpoints folder, or one step's"
+        )
+    return found
+
+
+def find_latest(root: Path | str, *, verify: bool = False, at_most: int | None = None) -> Checkpoint | None:
+    """The whole checkpoint of the highest step under `root` (not above `at_most`), None when there is none.
 
     Torn and damaged ones are passed over with a warning: no manifest, an unreadable one, files missing or of
     the wrong size; with `verify` also bytes that do not match their checksums (reads everything).
     """
-    for path in step_dirs(Path(root)).values():
+    for step, path in step_dirs(Path(root)).items():
+        if at_most is not None and step > at_most:
+            continue
         try:
             checkpoint = open_checkpoint(path)
             if verify:
@@ -180,8 +202,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             raise CheckpointError(f"{folder / name}: missing ({e.strerror}); use another checkpoint") from e
         if found != size:
             raise CheckpointError(
-                f"{folder / name}: {found:,} bytes, should be {size:,}: cut short or damaged; use another "
-                f"checkpoint"
+                f"{folder / name}: {found:,} bytes, should be {size:,}: cut short or damaged; use another checkpoint"
             )
 
 

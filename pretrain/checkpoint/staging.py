@@ -60,9 +60,7 @@ def plan_files(fragments: Sequence[Fragment], limit: int = FILE_LIMIT) -> list[l
             raise CheckpointError(f"tensor {f.name!r}: the piece at element {f.offset} was given twice")
         seen.add((f.name, f.offset))
         if kinds.setdefault(f.name, (f.dtype, f.shape)) != (f.dtype, f.shape):
-            raise CheckpointError(
-                f"tensor {f.name!r}: its pieces disagree: {kinds[f.name]}, {(f.dtype, f.shape)}"
-            )
+            raise CheckpointError(f"tensor {f.name!r}: its pieces disagree: {kinds[f.name]}, {(f.dtype, f.shape)}")
         lo, length, size = 0, f.data.numel(), f.dtype.itemsize
         if length == 0 and f.numel == 0:
             files[-1].append(Piece(f, 0, 0, place))
@@ -110,9 +108,7 @@ class HostBuffers:
             self._buffers.append(torch.empty(0, dtype=torch.uint8))
         held = self._buffers[i]
         if held.numel() < nbytes or (pinned and not held.is_pinned()):
-            self._buffers[i] = torch.empty(
-                0, dtype=torch.uint8
-            )  # let go of the old one before asking for more
+            self._buffers[i] = torch.empty(0, dtype=torch.uint8)  # let go of the old one before asking for more
             del held
             self._buffers[i] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
         return self._buffers[i][:nbytes]

@@ -116,9 +116,7 @@ class CheckpointWriter:
 
     def _start(self, work: Any, name: str) -> None:
         # a daemon: a process that dies of another error must not stay for a commit that cannot come
-        self._thread = threading.Thread(
-            target=self._guard, args=(work,), name=f"checkpoint-{name}", daemon=True
-        )
+        self._thread = threading.Thread(target=self._guard, args=(work,), name=f"checkpoint-{name}", daemon=True)
         self._thread.start()
 
     def _guard(self, work: Any) -> None:

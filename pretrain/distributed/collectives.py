@@ -62,11 +62,7 @@ def reduce_scatter_rows(x: Tensor, counts: Sequence[int], group: Group = None) -
     longest = max(counts)
     mine = x.new_empty((longest, *x.shape[1:]))
     if mine.numel():
-        pieces = (
-            torch.cat([_pad(piece, longest) for piece in x.split(list(counts))])
-            if len(set(counts)) > 1
-            else x
-        )
+        pieces = torch.cat([_pad(piece, longest) for piece in x.split(list(counts))]) if len(set(counts)) > 1 else x
         dist.reduce_scatter_tensor(mine, pieces.contiguous(), group=process_group)
     return mine[: counts[rank]]
 
@@ -90,9 +86,7 @@ def _all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType, group: Group) -> Tensor:
 
 def _check_counts(counts: Sequence[int], world: int, rank: int, rows: int) -> None:
     if len(counts) != world or counts[rank] != rows:
-        raise ValueError(
-            f"rank {rank} of {world} holds {rows} rows, but the row counts given are {list(counts)}"
-        )
+        raise ValueError(f"rank {rank} of {world} holds {rows} rows, but the row counts given are {list(counts)}")
 
 
 def _pad(x: Tensor, rows: int) -> Tensor:

@@ -109,9 +109,7 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """
     synchronised = [(m, m.update_statistics) for m in module.modules() if isinstance(m, SyncBatchNorm)]
     plain = [m for m in module.modules() if isinstance(m, _BatchNorm) and not isinstance(m, SyncBatchNorm)]
-    before = [
-        (m.momentum, None if m.num_batches_tracked is None else m.num_batches_tracked.clone()) for m in plain
-    ]
+    before = [(m.momentum, None if m.num_batches_tracked is None else m.num_batches_tracked.clone()) for m in plain]
     try:
         for sync, _ in synchronised:
             sync.update_statistics = False

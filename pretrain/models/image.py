@@ -38,9 +38,7 @@ class ImageTower(nn.Module):
             self.projection = nn.Linear(self.backbone.head_hidden_size, recipe.embed_dim, bias=False)
         init(self)
 
-    def forward(
-        self, images: Tensor, outputs: Collection[str | int] = ("embedding",)
-    ) -> dict[str | int, Tensor]:
+    def forward(self, images: Tensor, outputs: Collection[str | int] = ("embedding",)) -> dict[str | int, Tensor]:
         """(B, 3, S, S) uint8 -> the named outputs.
 
         `embedding` (B, embed_dim), not of unit length; `pooled` (B, C) before the projection; a number n:
@@ -83,9 +81,7 @@ class ImageTower(nn.Module):
 
     def _with_tokens(self, x: Tensor, layers: list[int]) -> tuple[Tensor, dict[str | int, Tensor]]:
         if not hasattr(self.backbone, "forward_intermediates"):
-            raise UserError(
-                f"{self.name} cannot give the tokens of inner blocks (timm has no forward_intermediates)"
-            )
+            raise UserError(f"{self.name} cannot give the tokens of inner blocks (timm has no forward_intermediates)")
         backbone: Any = self.backbone
         try:
             if isinstance(self.backbone, VisionTransformer):
@@ -157,9 +153,7 @@ def _backbone(recipe: ModelRecipe) -> Any:
     try:
         backbone: Any = timm.create_model(recipe.image, pretrained=False, **kwargs)
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"model.image_kwargs: timm cannot build {recipe.image} with {kwargs}: {error}"
-        ) from None
+        raise UserError(f"model.image_kwargs: timm cannot build {recipe.image} with {kwargs}: {error}") from None
     if _projects_itself(backbone):
         backbone.reset_classifier(recipe.embed_dim)  # its projection, with a bias as CLIP's has
     return backbone
@@ -175,7 +169,5 @@ def _activation(recipe: ModelRecipe) -> dict[str, Any]:
     if not recipe.image.startswith("vit_"):
         return {}
     if "quickgelu" in recipe.image and recipe.activation != "quick_gelu":
-        raise UserError(
-            f"model.activation is {recipe.activation}, but {recipe.image} has quick_gelu: set it so"
-        )
+        raise UserError(f"model.activation is {recipe.activation}, but {recipe.image} has quick_gelu: set it so")
     return {"act_layer": recipe.activation} if recipe.activation == "quick_gelu" else {}

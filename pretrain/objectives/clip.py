@@ -73,9 +73,7 @@ class Clip(Objective):
         logits = self.logit_scale.exp() * image @ text.T
         # equal ids and damaged rows are no negatives, as in clip_loss
         same = batch.uid[:, None] == batch.uid[None]
-        absent = (same | (batch.weight == 0)[None]) & ~torch.eye(
-            len(same), dtype=torch.bool, device=same.device
-        )
+        absent = (same | (batch.weight == 0)[None]) & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
         logits_text = logits.T.masked_fill(absent, -torch.inf)
         logits = logits.masked_fill(absent, -torch.inf)
         target = torch.arange(len(logits), device=logits.device)

@@ -106,9 +106,7 @@ def forward(
     return loss, pairs, setting, Found(local.rows, columns, total, local.shift)
 
 
-def backward(
-    pairs: Pairs, setting: Setting, found: Found, logit_scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(pairs: Pairs, setting: Setting, found: Found, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """W × this rank's share of the gradient for image, text, logit_scale, in their shapes and dtypes.
 
     The temperature's falls out of the images': ∂L/∂ log s = Σ G·T = Σ_i ⟨x_i, ∂L/∂x_i⟩.

@@ -77,9 +77,7 @@ def contrastive_grads(
     """
     _check(image, text, logit_scale, ids, weight, smoothing)
     tile = _tile(tile, image)
-    loss, pairs, setting, found = contrastive.forward(
-        image, text, logit_scale, ids, weight, smoothing, tile, group
-    )
+    loss, pairs, setting, found = contrastive.forward(image, text, logit_scale, ids, weight, smoothing, tile, group)
     return loss, *contrastive.backward(pairs, setting, found, logit_scale)
 
 
@@ -104,9 +102,7 @@ def contrastive_ranks(
         shapes = f"{tuple(query.shape)} and {tuple(gallery.shape)}"
         raise ValueError(f"query and gallery must be (Q, D) and (G, D) with the same D, not {shapes}")
     if positives.dim() != 2 or positives.shape[1] != 2:
-        raise ValueError(
-            f"positives must be (M, 2) pairs of numbers (query, gallery), not {tuple(positives.shape)}"
-        )
+        raise ValueError(f"positives must be (M, 2) pairs of numbers (query, gallery), not {tuple(positives.shape)}")
     return ranks(query, gallery, positives, _tile(tile, query), group)
 
 
@@ -120,9 +116,7 @@ def _tile(tile: int | None, x: Tensor) -> int:
 
 def _check(image, text, logit_scale, ids, weight, smoothing) -> None:
     if image.dim() != 2 or image.shape != text.shape:
-        raise ValueError(
-            f"image and text must both be (B, D), not {tuple(image.shape)} and {tuple(text.shape)}"
-        )
+        raise ValueError(f"image and text must both be (B, D), not {tuple(image.shape)} and {tuple(text.shape)}")
     if logit_scale.numel() != 1:
         raise ValueError(f"logit_scale must be one number, shape (1,), not {tuple(logit_scale.shape)}")
     for name, rows in (("ids", ids), ("weight", weight)):

@@ -40,9 +40,7 @@ class Joint(nn.Module):
         """Union of the features asked for, in a stable order."""
         return list(dict.fromkeys(r for o in self.by_name.values() for r in o.requests()))
 
-    def loss(
-        self, features: Features, batch: Batch, group: object
-    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+    def loss(self, features: Features, batch: Batch, group: object) -> tuple[Tensor, dict[str, Tensor | float]]:
         """(weighted sum of the losses, every objective's own loss and signals by name)."""
         total, figures = None, {}
         for name, objective in self.by_name.items():

@@ -70,6 +70,4 @@ def _check_pairs(positives: Tensor, queries: int, gallery: int) -> None:
     beyond = ((positives < 0) | (positives >= limits)).any(1)
     if beyond.any():
         worst = positives[beyond][0].tolist()
-        raise ValueError(
-            f"positive pair {worst} is beyond the {queries} queries and {gallery} gallery rows there are"
-        )
+        raise ValueError(f"positive pair {worst} is beyond the {queries} queries and {gallery} gallery rows there are")

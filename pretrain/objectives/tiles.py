@@ -75,9 +75,7 @@ class Scores:
         for rows in blocks(self.image.shape[0], self.tile):
             for columns in blocks(self.text.shape[0], self.tile):
                 scores = _shaped(scratch, rows, columns)
-                torch.addmm(
-                    scores, self.image[rows], self.text[columns].T, beta=0, alpha=self.scale, out=scores
-                )
+                torch.addmm(scores, self.image[rows], self.text[columns].T, beta=0, alpha=self.scale, out=scores)
                 diagonal = self.offset + rows.start - columns.start
                 yield Tile(rows, columns, scores, self._excluded(rows, columns, diagonal), diagonal)
 

@@ -114,9 +114,7 @@ def _write(
     digit = Image.fromarray(ink).resize((side, side), Image.Resampling.BICUBIC)
     alpha = np.asarray(digit, np.float32)[..., None] / 255
     colour = rng.uniform(0, 130, 3) + (0 if light else 125)
-    canvas[y : y + side, x : x + side] += alpha * (
-        colour.astype(np.float32) - canvas[y : y + side, x : x + side]
-    )
+    canvas[y : y + side, x : x + side] += alpha * (colour.astype(np.float32) - canvas[y : y + side, x : x + side])
     return [x, y, side, side]
 
 
@@ -135,9 +133,7 @@ def _png(canvas: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def write_digits(
-    out: Path, *, train: int = 8000, test: int = 1000, seed: int = 0, size: int = 64
-) -> list[Packed]:
+def write_digits(out: Path, *, train: int = 8000, test: int = 1000, seed: int = 0, size: int = 64) -> list[Packed]:
     """Write `train` and `test` scenes as packed shards into `out`/train and `out`/test.
 
     `size`: side of the square in pixels, 48 or more. Raises UserError when a split is there already.
@@ -147,9 +143,7 @@ def write_digits(
     present = [out / split for split in ("train", "test") if (out / split).exists()]
     if present:
         raise UserError(f"{present[0]} is there already: remove it, or choose another folder")
-    packed = [
-        _pack(out / name, name, scenes, seed, size) for name, scenes in (("train", train), ("test", test))
-    ]
+    packed = [_pack(out / name, name, scenes, seed, size) for name, scenes in (("train", train), ("test", test))]
     (out / "classnames.txt").write_text("\n".join(NAMES) + "\n")
     (out / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES) + "\n")
     return packed

@@ -70,9 +70,7 @@ class _Grouper:
         if self.parts is None:
             return
         if extension in self.parts:
-            self.samples.problems.append(
-                (key, f"a second .{extension} at byte {member.offset}: the first is kept")
-            )
+            self.samples.problems.append((key, f"a second .{extension} at byte {member.offset}: the first is kept"))
         else:
             self.parts[extension] = (member.offset, member.size)
 
@@ -111,9 +109,7 @@ class _Grouper:
         for i in sorted(self.edges):
             if missing := common - done.parts[i].keys():
                 drop[i] = f"dropped: its .{', .'.join(sorted(missing))} lay in the damage"
-        drop |= {
-            i: "dropped: a member of it is lost" for i, key in enumerate(done.keys) if key in self.broken
-        }
+        drop |= {i: "dropped: a member of it is lost" for i, key in enumerate(done.keys) if key in self.broken}
         done.problems += [(done.keys[i], reason) for i, reason in drop.items()]
         kept = [i for i in range(len(done.keys)) if i not in drop]
         return Samples([done.keys[i] for i in kept], [done.parts[i] for i in kept], done.problems)

@@ -45,9 +45,7 @@ def image_extension(
         raise BadImage("not an image", f"{len(data)} bytes that begin {data[:8]!r}") from None
     except Image.DecompressionBombError as error:
         raise BadImage("image bomb", str(error)) from None
-    except (
-        Exception
-    ) as error:  # Pillow's plug-ins raise OSError, SyntaxError, ValueError, struct.error and others
+    except Exception as error:  # Pillow's plug-ins raise OSError, SyntaxError, ValueError, struct.error and others
         raise BadImage("unreadable image", str(error)) from error
     if kind not in EXTENSION:
         raise BadImage("unknown image format", f"{kind}: convert it to JPEG, PNG or WebP")

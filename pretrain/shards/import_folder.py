@@ -25,9 +25,7 @@ def list_folder(root: Path, *, subdir: str | None = None, flat: bool = False) ->
     return _listing(root, found, [], subdir, flat)
 
 
-def list_tar(
-    tar: Path, *, subdir: str | None = None, flat: bool = False, shown: Path | None = None
-) -> Listing:
+def list_tar(tar: Path, *, subdir: str | None = None, flat: bool = False, shown: Path | None = None) -> Listing:
     """Every image of an image folder inside a tar, damage passed over; messages call the tar `shown`."""
     found, skips = [], []
     fd = os.open(tar, os.O_RDONLY)
@@ -66,14 +64,10 @@ def _listing(where: Path, found: Found, skips: list[Skip], subdir: str | None, f
         else:
             images[name] = ref
     if not images:
-        raise UserError(
-            f"no images in {where}{f' under {subdir}' if subdir else ''} (looked for .jpg, .png, .webp …)"
-        )
+        raise UserError(f"no images in {where}{f' under {subdir}' if subdir else ''} (looked for .jpg, .png, .webp …)")
     classes = [] if flat else _classes(where, list(images))
     label = {name: str(i).encode() for i, name in enumerate(classes)}
-    entries = [
-        Entry(name, ref, {"cls": label[name.split("/")[0]]} if label else {}) for name, ref in images.items()
-    ]
+    entries = [Entry(name, ref, {"cls": label[name.split("/")[0]]} if label else {}) for name, ref in images.items()]
     return Listing("folder", entries, skips, classes)
 
 

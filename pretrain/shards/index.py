@@ -207,9 +207,7 @@ def _strings(text: np.ndarray) -> list[str]:
     return text.tobytes().decode().split("\0")[:-1]
 
 
-def _read(
-    sidecar: Path, stamp: np.ndarray, only: Sequence[str] | None = None
-) -> dict[str, np.ndarray] | None:
+def _read(sidecar: Path, stamp: np.ndarray, only: Sequence[str] | None = None) -> dict[str, np.ndarray] | None:
     """The sidecar's arrays, or None when it is absent, torn, or of another state of the tar."""
     try:
         with np.load(sidecar, allow_pickle=False) as stored:
@@ -225,12 +223,8 @@ def _fits(arrays: dict[str, np.ndarray], length: int) -> bool:
     """Whether every place lies inside the tar: a sidecar from elsewhere is not believed blindly."""
     ends = arrays["offset"] + arrays["size"]
     counts = arrays["first"]
-    inside = ends.size == 0 or (
-        arrays["offset"].min() >= 0 and arrays["size"].min() >= 0 and ends.max() <= length
-    )
-    return bool(
-        inside and counts[0] == 0 and counts[-1] == ends.size and len(arrays["key_ends"]) == len(counts) - 1
-    )
+    inside = ends.size == 0 or (arrays["offset"].min() >= 0 and arrays["size"].min() >= 0 and ends.max() <= length)
+    return bool(inside and counts[0] == 0 and counts[-1] == ends.size and len(arrays["key_ends"]) == len(counts) - 1)
 
 
 def _write(sidecar: Path, arrays: dict[str, np.ndarray]) -> bool:

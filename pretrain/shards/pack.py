@@ -95,9 +95,7 @@ def pack(
                     writer.add(keys[entry.name], outcome)
             done.append(writer.finish()._replace(folder=out / name))
         if not sum(split.samples for split in done):
-            raise UserError(
-                f"nothing to pack: all {len(listing.entries)} samples were skipped ({_counted(skips)})"
-            )
+            raise UserError(f"nothing to pack: all {len(listing.entries)} samples were skipped ({_counted(skips)})")
         _write_lines(partial / "skipped.jsonl", (dict(skip._asdict()) for skip in skips))
         renamed = ((key, name) for name, key in keys.items() if name.rpartition(".")[0] != key)
         _write_lines(partial / "renamed.jsonl", ({"key": key, "name": name} for key, name in renamed))
@@ -143,9 +141,7 @@ def _unfinished(out: Path) -> Iterator[Path]:
         raise UserError(f"{out} is not empty: choose another --out, or remove it first")
     partial = out.with_name(out.name + ".partial")
     if partial.exists() and not (partial / LOCK).exists():
-        raise UserError(
-            f"{partial} is in the way: it is where the pack is written until it is complete; remove it"
-        )
+        raise UserError(f"{partial} is in the way: it is where the pack is written until it is complete; remove it")
     partial.mkdir(parents=True, exist_ok=True)
     with open(partial / LOCK, "a") as lock:
         try:
@@ -185,9 +181,7 @@ def _splits(entries: list[Entry], options: PackOptions) -> dict[str, list[Entry]
     if not options.holdout:
         return {"": entries}
     if options.holdout >= len(entries):
-        raise UserError(
-            f"--holdout {options.holdout} leaves nothing to train on: there are {len(entries)} samples"
-        )
+        raise UserError(f"--holdout {options.holdout} leaves nothing to train on: there are {len(entries)} samples")
     ranked = sorted((hash_of("holdout", entry.name), entry.name) for entry in entries)
     test = {name for _, name in ranked[: options.holdout]}
     return {

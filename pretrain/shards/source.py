@@ -65,9 +65,7 @@ class Source:
         line."""
         ids = np.asarray(ids, np.int64)
         if ids.size and (ids.min() < 0 or ids.max() >= self.samples):
-            raise IndexError(
-                f"sample ids from {ids.min()} to {ids.max()}: this source has 0 to {self.samples - 1}"
-            )
+            raise IndexError(f"sample ids from {ids.min()} to {ids.max()}: this source has 0 to {self.samples - 1}")
         shard = np.searchsorted(self._ends, ids, side="right")
         starts = np.concatenate([[0], self._ends[:-1]]) if len(self._ends) else self._ends
         return shard, ids - starts[shard]
@@ -140,9 +138,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}): write it anew: python -m pretrain pack {folder}"
-        ) from error
+        raise UserError(f"{path} is damaged ({error}): write it anew: python -m pretrain pack {folder}") from error
     return summary
 
 
@@ -228,9 +224,7 @@ def _noted(shards: list[Shard]) -> list[Shard]:
         for folder, summary in summaries.items()
     }
     return [
-        shard
-        if shard.samples is not None
-        else Shard(shard.path, known[shard.path.parent].get(shard.path.name))
+        shard if shard.samples is not None else Shard(shard.path, known[shard.path.parent].get(shard.path.name))
         for shard in shards
     ]
 

@@ -25,9 +25,7 @@ SCAN = 1 << 20  # read at once while looking for the next header after damage
 MAX_EXTENSION = 1 << 20  # longest long-name or pax block believed, bytes
 REGULAR = frozenset(b"\x000" + b"7")
 EXTENSIONS = frozenset(b"LKxgX")  # their bytes are about the next member
-BODILESS = frozenset(
-    b"123456"
-)  # hard link, symlink, character, block, folder, fifo: no data blocks whatever size says
+BODILESS = frozenset(b"123456")  # hard link, symlink, character, block, folder, fifo: no data blocks whatever size says
 
 
 class Member(NamedTuple):

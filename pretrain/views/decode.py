@@ -56,9 +56,7 @@ class Scratch(threading.local):
         return self._memory
 
 
-def decode(
-    data: bytes | memoryview, *, max_pixels: int = MAX_PIXELS, scratch: Scratch | None = None
-) -> np.ndarray:
+def decode(data: bytes | memoryview, *, max_pixels: int = MAX_PIXELS, scratch: Scratch | None = None) -> np.ndarray:
     """RGB pixels (H, W, 3) uint8 of an encoded image; DamagedSample where there are none to be had.
 
     Pixels decoded with `scratch` are good until the same thread's next decode with it.
@@ -91,16 +89,12 @@ def _decode_pillow(data: bytes | memoryview, max_pixels: int) -> np.ndarray:
             _refuse_bomb(*image.size, max_pixels)
             return np.array(_to_rgb(image))
     except Image.UnidentifiedImageError:
-        raise DamagedSample(
-            f"not an image of a known kind: {len(data)} bytes that begin {bytes(data[:8])!r}"
-        ) from None
+        raise DamagedSample(f"not an image of a known kind: {len(data)} bytes that begin {bytes(data[:8])!r}") from None
     except Image.DecompressionBombError:
         raise DamagedSample(f"image bomb: more pixels than Pillow opens, max_pixels {max_pixels:,}") from None
     except (DamagedSample, MemoryError):
         raise
-    except (
-        Exception
-    ) as error:  # Pillow's plug-ins raise OSError, SyntaxError, ValueError, struct.error and others
+    except Exception as error:  # Pillow's plug-ins raise OSError, SyntaxError, ValueError, struct.error and others
         raise DamagedSample(f"image cannot be decoded: {error}") from error
 
 

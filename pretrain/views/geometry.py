@@ -16,8 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
+import torch.nn.functional as F
 
 from pretrain.views.spec import ImageView
 
@@ -76,15 +75,16 @@ def eval_crop(image: np.ndarray, size: int) -> torch.Tensor:
     height, width, _ = image.shape
     short = min(height, width)
     resized = _resize(image, int(size * height / short), int(size * width / short))
-    return F.center_crop(resized, [size, size]).contiguous()
+    top, left = round((resized.shape[1] - size) / 2), round((resized.shape[2] - size) / 2)
+    return resized[:, top : top + size, left : left + size].contiguous()
 
 
 def _resize(image: np.ndarray, height: int, width: int) -> torch.Tensor:
     """(H, W, 3) -> (3, height, width) uint8, the two passes in the order Pillow 13 takes them."""
-    pixels = torch.from_numpy(image).permute(2, 0, 1)
+    pixels = torch.from_numpy(image[None]).permute(0, 3, 1, 2)  # channels last, also to torch: (1, 3, H, W)
     if _height_first(image, height, width):
         pixels = _bicubic(pixels, height, image.shape[1])
-    return _bicubic(pixels, height, width)
+    return _bicubic(pixels, height, width)[0]
 
 
 def _height_first(image: np.ndarray, height: int, width: int) -> bool:
@@ -97,4 +97,4 @@ def _height_first(image: np.ndarray, height: int, width: int) -> bool:
 
 
 def _bicubic(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    return F.resize(pixels, [height, width], InterpolationMode.BICUBIC, antialias=True)
+    return F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)

@@ -29,13 +29,9 @@ class ImageView:
         if self.size < 1:
             raise ValueError(f"view {self.name!r}: size {self.size} must be at least 1 pixel")
         if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(
-                f"view {self.name!r}: scale {self.scale} must be (low, high) with 0 < low <= high"
-            )
+            raise ValueError(f"view {self.name!r}: scale {self.scale} must be (low, high) with 0 < low <= high")
         if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(
-                f"view {self.name!r}: ratio {self.ratio} must be (low, high) with 0 < low <= high"
-            )
+            raise ValueError(f"view {self.name!r}: ratio {self.ratio} must be (low, high) with 0 < low <= high")
         if not 0 <= self.flip <= 1:
             raise ValueError(f"view {self.name!r}: flip {self.flip} must be a chance between 0 and 1")
 

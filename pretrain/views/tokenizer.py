@@ -48,9 +48,7 @@ class ClipTokenizer:
 
     def __init__(self, context: int = 77, *, cached: int = 16384) -> None:
         if context < 2:
-            raise ValueError(
-                f"context {context} leaves no room for the start and end tokens; give at least 2"
-            )
+            raise ValueError(f"context {context} leaves no room for the start and end tokens; give at least 2")
         self.context = context
         self._vocabulary = _vocabulary_path().read_bytes()
         self._letters = _byte_letters()
@@ -131,9 +129,7 @@ def _vocabulary_path() -> Path:
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (path := Path(folder) / VOCABULARY).is_file():
             return path
-    raise UserError(
-        f"the tokenizer's vocabulary {VOCABULARY} was not found; install it: pip install open_clip_torch"
-    )
+    raise UserError(f"the tokenizer's vocabulary {VOCABULARY} was not found; install it: pip install open_clip_torch")
 
 
 def _byte_letters() -> dict[int, str]:

@@ -39,14 +39,10 @@ def _read_torch(path: Path) -> Any:
 
 
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
-    wrapper = next(
-        (w for w in WRAPPERS if isinstance(content, Mapping) and isinstance(content.get(w), Mapping)), None
-    )
+    wrapper = next((w for w in WRAPPERS if isinstance(content, Mapping) and isinstance(content.get(w), Mapping)), None)
     named = content[wrapper] if wrapper else content
     if not isinstance(named, Mapping) or not named or not all(isinstance(t, Tensor) for t in named.values()):
-        raise UserError(
-            f"{path} holds no named tensors; expected a state dict, or one under {', '.join(WRAPPERS)}"
-        )
+        raise UserError(f"{path} holds no named tensors; expected a state dict, or one under {', '.join(WRAPPERS)}")
     if all(name.startswith("module.") for name in named):
         named = {name.removeprefix("module."): t for name, t in named.items()}
     return dict(named)

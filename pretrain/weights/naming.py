@@ -64,9 +64,7 @@ def table(ours: Iterable[str], rules: Iterable[Rule]) -> dict[str, tuple[str, Ru
 
 
 @torch.no_grad()
-def load(
-    module: nn.Module, foreign: Mapping[str, Tensor], names: Mapping[str, tuple[str, Rule]], where: str
-) -> None:
+def load(module: nn.Module, foreign: Mapping[str, Tensor], names: Mapping[str, tuple[str, Rule]], where: str) -> None:
     """Copy `foreign` into the module's own tensors.
 
     Raises:

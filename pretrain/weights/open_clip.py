@@ -98,9 +98,7 @@ def model_recipe(name: str) -> ModelRecipe:
     """
     base = name.removesuffix("-quickgelu")
     if base not in TOWERS:
-        raise UserError(
-            f"no recipe for open_clip's {name!r}; known: {', '.join(TOWERS)}, each also with -quickgelu"
-        )
+        raise UserError(f"no recipe for open_clip's {name!r}; known: {', '.join(TOWERS)}, each also with -quickgelu")
     return ModelRecipe(
         image=TOWERS[base],
         embed_dim=1024 if base == "RN50" else 512,
@@ -138,9 +136,7 @@ def to_open_clip(trunk: Trunk, logit_scale: Tensor | float = INITIAL_LOGIT_SCALE
         theirs: rule.to_theirs(own[ours]).detach().cpu().clone(memory_format=torch.contiguous_format)
         for ours, (theirs, rule) in _names(trunk).items()
     }
-    return found | {
-        "logit_scale": torch.as_tensor(logit_scale, dtype=torch.float32).detach().cpu().reshape(())
-    }
+    return found | {"logit_scale": torch.as_tensor(logit_scale, dtype=torch.float32).detach().cpu().reshape(())}
 
 
 def _names(trunk: Trunk) -> dict[str, tuple[str, Rule]]:

@@ -57,9 +57,7 @@ class Sound(HTMLParser):
         return "".join(self.words)
 
 
-def retrieval(
-    name: str = "tiny@step_00000008", role: str = "trained", value: float = 0.5, **changes
-) -> Result:
+def retrieval(name: str = "tiny@step_00000008", role: str = "trained", value: float = 0.5, **changes) -> Result:
     metrics = {
         "image_retrieval_recall@1": value,
         "image_retrieval_recall@5": value,
@@ -94,9 +92,7 @@ def pictures(text: str = "a dog") -> dict:
         "chosen": "Drawn at random.",
         "captions": [{"text": text, "rank": 1, "of": 100, "found": found}],
         "photographs": [{"src": PIXEL, "rank": 2, "of": 500, "found": [{"text": text, "right": False}]}],
-        "named": [
-            {"src": "http://evil.example/x.jpg", "rank": 1, "of": 3, "found": [{"text": text, "right": True}]}
-        ],
+        "named": [{"src": "http://evil.example/x.jpg", "rank": 1, "of": 3, "found": [{"text": text, "right": True}]}],
         "neighbours": [{"src": PIXEL, "name": text, "predicted": text, "hit": False, "found": found}],
         "confusion": {
             "classes": [text, "b"],
@@ -120,9 +116,7 @@ LOG = [
 
 
 def render(folder: Path, *, run: str = "tiny", lines=LOG) -> str:
-    return page(
-        run, {"Model": "vit", "Samples seen": 96, "Final loss": 0.5, "Epochs": None}, lines, collect([folder])
-    )
+    return page(run, {"Model": "vit", "Samples seen": 96, "Final loss": 0.5, "Epochs": None}, lines, collect([folder]))
 
 
 def test_the_page_is_sound_and_loads_nothing(tmp_path: Path) -> None:
@@ -177,9 +171,7 @@ def test_the_untrained_encoder_and_a_control_stand_beside_the_run(tmp_path: Path
     cols = columns(given, "tiny")
     assert [c.name for c in cols] == ["tiny@step_00000008", "untrained", "shuffled@step_00000008"]
     assert [c.own for c in cols] == [True, False, False]
-    assert (
-        verdict(cols, "image_retrieval_recall@1") == "50 times chance, clearly above the untrained encoder."
-    )
+    assert verdict(cols, "image_retrieval_recall@1") == "50 times chance, clearly above the untrained encoder."
     near = [retrieval(value=0.11), retrieval("untrained", "untrained", 0.1)]
     assert "not clearly apart from" in verdict(columns(near, "tiny"), "image_retrieval_recall@1")
     for result in given:
@@ -212,9 +204,7 @@ def test_the_door_writes_the_page_of_a_run(tmp_path: Path, capsys: pytest.Captur
     assert "Loss: clip" in Sound(text).text
     assert "What captions find" in text
     assert main(["report", str(tmp_path / "nothing"), "--out", str(tmp_path / "x.html")]) == 2
-    assert (
-        main(["report", str(run), "--results", str(tmp_path / "no"), "--out", str(tmp_path / "x.html")]) == 2
-    )
+    assert main(["report", str(run), "--results", str(tmp_path / "no"), "--out", str(tmp_path / "x.html")]) == 2
     assert "no such folder" in capsys.readouterr().err
 
 
@@ -233,14 +223,13 @@ def test_curves_keep_spikes_and_leave_out_what_is_not_finite() -> None:
 
 
 def test_of_one_step_logged_twice_the_last_holds() -> None:
-    assert curves.series([{"step": 2, "loss": 1.0}, {"step": 1, "loss": 5.0}, {"step": 2, "loss": 3.0}])[
-        "loss"
-    ] == [(1, 5), (2, 3)]
+    assert curves.series([{"step": 2, "loss": 1.0}, {"step": 1, "loss": 5.0}, {"step": 2, "loss": 3.0}])["loss"] == [
+        (1, 5),
+        (2, 3),
+    ]
 
 
-@pytest.mark.parametrize(
-    "values", [[0.0, 1.0], [3.0, 3.0], [0.0, 0.0], [-5e-9, 4e-9], [1e6, 3e7], [99.0, 101.0]]
-)
+@pytest.mark.parametrize("values", [[0.0, 1.0], [3.0, 3.0], [0.0, 0.0], [-5e-9, 4e-9], [1e6, 3e7], [99.0, 101.0]])
 def test_axes_hold_their_values(values: list[float]) -> None:
     ticks = charts.scale(values)
     assert ticks[0] <= min(values)

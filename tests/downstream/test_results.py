@@ -68,8 +68,7 @@ def test_a_result_and_its_pictures_come_back_as_written(tmp_path: Path) -> None:
 
 def test_trained_untrained_and_other_data_never_share_a_file() -> None:
     names = {
-        result(**change).stem
-        for change in ({}, {"pretrained": "untrained"}, {"dataset": "coco"}, {"task": "knn"})
+        result(**change).stem for change in ({}, {"pretrained": "untrained"}, {"dataset": "coco"}, {"task": "knn"})
     }
     assert len(names) == 4
     assert all("/" not in name and " " not in name for name in names)

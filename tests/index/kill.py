@@ -105,9 +105,7 @@ def embed_with_kills(run: Path, shards: Path, out: Path) -> int:
     kills = 0
     tars = sorted(shards.glob("*.tar"))
     step = 5
-    while killed_at(
-        step, out, lambda: embed_shards(encoder, tars, out, Options(batch=16, checkpoint=str(run)))
-    ):
+    while killed_at(step, out, lambda: embed_shards(encoder, tars, out, Options(batch=16, checkpoint=str(run)))):
         kills += 1
         step += 5
     return kills

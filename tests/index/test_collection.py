@@ -28,11 +28,7 @@ def more(encoder, tmp_path):
 
 def ids_by_key(collection: Collection, version: str | None = None) -> dict[tuple[str, str], int]:
     _, segments = collection.open(version)
-    return {
-        (m["shard"], m["key"]): int(i)
-        for s in segments
-        for i, m in zip(s.ids, s.meta.to_pylist(), strict=True)
-    }
+    return {(m["shard"], m["key"]): int(i) for s in segments for i, m in zip(s.ids, s.meta.to_pylist(), strict=True)}
 
 
 def test_a_version_is_not_served_before_it_is_published(collection, more):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from index.errors import BadInput
-from index.search import exact_topk
+from index.search import exact, exact_topk
 from index.search.bank import Bank
 from index.search.device import DeviceBank
 
@@ -57,16 +57,29 @@ def test_equal_rows_come_by_lower_id(batch):
     assert found[1][0].tolist() == [17, *range(4000, 4009)]
 
 
+@pytest.mark.parametrize("batch", [1, 40])
+def test_candidates_decide_where_rows_are_not_alike(batch, monkeypatch):
+    """No slow float64 pass over all rows, which would hide a wrong candidate kernel."""
+    monkeypatch.setattr(exact, "_whole_pass", lambda *_: pytest.fail("the certificate was not met"))
+    queries = rows(batch, seed=1)
+    for bank in (BANK, Bank([BANK[:2000], BANK[2000:]]), DeviceBank(torch.from_numpy(BANK))):
+        same(exact_topk(queries, bank, 10), brute(queries, BANK, 10))
+    halves = Bank([BANK[:2000].astype(np.float16), BANK[2000:].astype(np.float16)])
+    same(exact_topk(queries, halves, 10), brute(queries, BANK.astype(np.float16), 10))
+
+
 def test_a_collapsed_bank_gives_the_first_rows():
     bank = np.tile(rows(1), (40_000, 1))
     assert exact_topk(bank[:5].copy(), bank, 4)[1].tolist() == [[0, 1, 2, 3]] * 5
 
 
-def test_nearly_equal_rows_are_told_apart():
-    """Differences below the error of a float32 product of these widths, above that of its rounding."""
+@pytest.mark.parametrize("spread", [2e-6, 2e-7, 2e-8])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_nearly_equal_rows_are_told_apart(batch, spread):
+    """Differences about or below the error of a float32 product."""
     noise = np.random.default_rng(3).standard_normal((20_000, 256)).astype(np.float32)
-    bank = np.ones((20_000, 256), np.float32) / 16 + 2e-6 * noise
-    queries = rows(5, 256, seed=4)
+    bank = np.ones((20_000, 256), np.float32) / 16 + np.float32(spread) * noise
+    queries = rows(batch, 256, seed=4)
     same(exact_topk(queries, bank, 10), brute(queries, bank, 10))
 
 
@@ -86,6 +99,13 @@ def test_several_arrays_are_one_line(tmp_path):
     parts = [mapped, np.empty((0, 24), np.float16), BANK[20:].astype(np.float16)]
     queries = rows(9, seed=1)
     same(exact_topk(queries, Bank(parts), 12), brute(queries, BANK.astype(np.float16), 12))
+
+
+def test_equal_rows_in_several_arrays_come_by_lower_id():
+    one = BANK[:1].astype(np.float16)
+    parts = [np.tile(one, (n, 1)) for n in (30, 17_000, 200)]
+    queries = np.tile(one, (5, 1)).astype(np.float32)
+    assert exact_topk(queries, Bank(parts), 40)[1].tolist() == [list(range(40))] * 5
 
 
 def test_tensors_give_tensors():

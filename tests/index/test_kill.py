@@ -12,9 +12,7 @@ from tests.index.conftest import tars
 
 
 def job(*argv: object) -> int:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.index.kill", *map(str, argv)], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "tests.index.kill", *map(str, argv)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return int(done.stdout.split()[-1])
 

@@ -43,15 +43,11 @@ def make_state(seed: int = 0, rows: int = 37) -> dict[str, Tensor]:
     for name, dtype in DTYPES.items():
         raw = torch.randint(0, 256, (rows * 8 * dtype.itemsize,), dtype=torch.uint8, generator=g)
         raw = raw & 1 if dtype == torch.bool else raw
-        state[f"model.{name}"] = raw.view(dtype).view(
-            rows, 2, 4
-        )  # NaNs and denormals too: bits are what counts
+        state[f"model.{name}"] = raw.view(dtype).view(rows, 2, 4)  # NaNs and denormals too: bits are what counts
     state["objective.clip.logit_scale"] = torch.tensor([2.6592 + seed])
     state["optim.step"] = torch.tensor(seed, dtype=torch.int64)
     state["model.empty"] = torch.empty(0, 7, dtype=torch.float16)
-    state["model.channels_last"] = torch.randn(2, 3, 4, 5, generator=g).contiguous(
-        memory_format=torch.channels_last
-    )
+    state["model.channels_last"] = torch.randn(2, 3, 4, 5, generator=g).contiguous(memory_format=torch.channels_last)
     return state
 
 
@@ -59,9 +55,7 @@ def bits(t: Tensor) -> bytes:
     return t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def save(
-    root: Path, step: int, state: dict[str, Tensor], world: int = 1, attempt: str = "a", **options
-) -> None:
+def save(root: Path, step: int, state: dict[str, Tensor], world: int = 1, attempt: str = "a", **options) -> None:
     """All ranks of a world in one process; rank 0 last, so that its wait is short."""
     for rank in reversed(range(world)):
         writer = CheckpointWriter(root, rank=rank, world=world, attempt=attempt, **options)
@@ -81,9 +75,7 @@ def check(checkpoint, state: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_any_world_reads_what_any_world_wrote(tmp_path: Path, world: int) -> None:
     state = make_state()
-    save(
-        tmp_path, 100, state, world, file_limit=1 << 10
-    )  # small files, so that tensors are cut inside a rank too
+    save(tmp_path, 100, state, world, file_limit=1 << 10)  # small files, so that tensors are cut inside a rank too
     checkpoint = open_checkpoint(tmp_path / "step_00000100")
     check(checkpoint, state)
     checkpoint.verify()
@@ -218,9 +210,7 @@ def test_a_late_rank_of_an_old_attempt_completes_nothing(tmp_path: Path) -> None
 def test_two_attempts_interleaved(tmp_path: Path) -> None:
     """Both write the same step at the same time; each commit is whole, and the later one holds."""
     states = {"old": make_state(1), "new": make_state(2)}
-    writers = {
-        (a, r): CheckpointWriter(tmp_path, rank=r, world=2, attempt=a) for a in states for r in range(2)
-    }
+    writers = {(a, r): CheckpointWriter(tmp_path, rank=r, world=2, attempt=a) for a in states for r in range(2)}
     for key in [("old", 1), ("new", 1), ("old", 0)]:
         writers[key].save(7, slice_for_rank(states[key[0]], key[1], 2), {"of": key[0]})
         writers[key].wait()
@@ -252,9 +242,7 @@ def test_parts_must_cover_every_element_once(tmp_path: Path) -> None:
     x = torch.arange(10.0)
 
     def piece(lo: int, hi: int, **change) -> Fragment:
-        return Fragment(
-            **{"name": "x", "shape": (10,), "dtype": x.dtype, "offset": lo, "data": x[lo:hi]} | change
-        )
+        return Fragment(**{"name": "x", "shape": (10,), "dtype": x.dtype, "offset": lo, "data": x[lo:hi]} | change)
 
     cases = {
         r"elements \[4, 6\) are missing": [piece(0, 4), piece(6, 10)],
@@ -341,9 +329,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_is_seen_and_the_one_before_is_used(
-    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_damage_is_seen_and_the_one_before_is_used(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     state = {"x": torch.randn(1000), "y": torch.randn(1000)}  # two ranks, two files of one size
     save(tmp_path, 0, state, 2)
     save(tmp_path, 1, state, 2)
@@ -357,9 +343,7 @@ def test_damage_is_seen_and_the_one_before_is_used(
     assert found.step == (0 if kind == "steps swapped" else 1)
     check(found, state)
     if only_verify_sees:
-        with pytest.raises(
-            CheckpointError, match="another checkpoint"
-        ):  # a load does not take it for good either
+        with pytest.raises(CheckpointError, match="another checkpoint"):  # a load does not take it for good either
             [open_checkpoint(tmp_path / "step_00000002").read(n) for n in state]
     else:
         assert find_latest(tmp_path).step == 1
@@ -399,9 +383,7 @@ def fail_then_recover(root: Path, error: int, make_room, file_limit: int = 1 << 
     writer.save(1, slice_for_rank(small, 0, 1), META)
     writer.wait()
     writer.save(2, slice_for_rank(large, 0, 1), META)
-    with pytest.raises(
-        CheckpointDiskError, match=rf"needs {min(8_000_000, file_limit) // 1000:,},\d+ bytes"
-    ) as caught:
+    with pytest.raises(CheckpointDiskError, match=rf"needs {min(8_000_000, file_limit) // 1000:,},\d+ bytes") as caught:
         writer.save(3, slice_for_rank(small, 0, 1), META)
     assert caught.value.errno == error
     assert caught.value.filename.startswith(str(root / "step_00000002/data-a-00000"))
@@ -419,9 +401,7 @@ def test_a_file_size_limit_is_an_error_and_loses_nothing(tmp_path: Path) -> None
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, hard))
-        fail_then_recover(
-            tmp_path, errno.EFBIG, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        )
+        fail_then_recover(tmp_path, errno.EFBIG, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -491,16 +471,12 @@ def test_purge_counts_only_whole_ones(tmp_path: Path) -> None:
         save(tmp_path, step, {"x": torch.full((9,), step)}, keep_last=None)
     data_files(tmp_path, 3)[0].write_bytes(b"")
     save(tmp_path, 4, {"x": torch.full((9,), 4)}, keep_last=2)
-    assert steps(tmp_path) == [2, 3, 4], (
-        "3 is damaged: 2 is the second whole one, and 3 is left to be looked at"
-    )
+    assert steps(tmp_path) == [2, 3, 4], "3 is damaged: 2 is the second whole one, and 3 is left to be looked at"
     data_files(tmp_path, 4)[0].write_bytes(b"")
     assert find_latest(tmp_path).step == 2
 
 
-def test_a_purge_cut_short_leaves_nothing_that_looks_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_purge_cut_short_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # killed before it removed anything
     for step in (1, 2):
         save(tmp_path, step, {"x": torch.tensor(step)}, keep_last=1)

@@ -290,9 +290,7 @@ def share(rank: int, counts: list[int], *tensors):
 def one_rank(rank: int, world: int, counts: list[int], scale: float, case: str, grads: bool):
     options = dict(CASES[case])
     image, text = features(53)
-    image, text, ids, weight = share(
-        rank, counts, image, text, options.pop("ids", None), options.pop("weight", None)
-    )
+    image, text, ids, weight = share(rank, counts, image, text, options.pop("ids", None), options.pop("weight", None))
     call = contrastive_grads if grads else autograd_grads
     return call(image, text, log_scale(scale), ids=ids, weight=weight, tile=8, **options)
 

@@ -33,9 +33,7 @@ def tokens(lengths: list[int], context: int = 24, seed: int = 0) -> torch.Tensor
 
 
 def images(n: int, size: int = 48, seed: int = 0) -> torch.Tensor:
-    return torch.randint(
-        0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
-    )
+    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -113,14 +111,10 @@ def test_several_views_at_once_equal_separate_calls(trunk: Trunk) -> None:
     assert together[other].shape == (2, 32)
 
 
-def test_one_view_is_run_once_however_much_is_asked_of_it(
-    trunk: Trunk, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_view_is_run_once_however_much_is_asked_of_it(trunk: Trunk, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     inner = trunk.image.forward
-    monkeypatch.setattr(
-        trunk.image, "forward", lambda x, outputs: (calls.append(len(x)), inner(x, outputs))[1]
-    )
+    monkeypatch.setattr(trunk.image, "forward", lambda x, outputs: (calls.append(len(x)), inner(x, outputs))[1])
     pooled = FeatureRequest("image", "crop", output="pooled")
     found = trunk({IMAGE: images(2), pooled: images(2)})
     assert calls == [2]
@@ -191,9 +185,7 @@ def test_clip_resnet_starts_with_silent_residual_branches() -> None:
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
 def test_any_timm_tower_serves_image_only(name: str) -> None:
     kwargs = {"depth": 1} if name.startswith("vit") else {}
-    trunk = build_trunk(
-        ModelRecipe(image=name, image_size=64, image_kwargs=kwargs, text=None, embed_dim=8), seed=0
-    )
+    trunk = build_trunk(ModelRecipe(image=name, image_size=64, image_kwargs=kwargs, text=None, embed_dim=8), seed=0)
     assert trunk.text is None
     assert trunk({IMAGE: images(2, 64)})[IMAGE].shape == (2, 8)
     with pytest.raises(UserError, match=r"model\.text: null"):

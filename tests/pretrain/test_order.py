@@ -29,9 +29,7 @@ def assert_epochs_are_exact(order, sizes, steps):
     for d, size in enumerate(sizes):
         mine = source == d
         lanes = np.arange(order.global_batch) * order.lanes // order.global_batch
-        latest = min(
-            (epoch[:, lanes == lane][mine[:, lanes == lane]].max(initial=0)) for lane in range(order.lanes)
-        )
+        latest = min((epoch[:, lanes == lane][mine[:, lanes == lane]].max(initial=0)) for lane in range(order.lanes))
         for e in np.unique(epoch[mine]):
             counts = np.bincount(ids[mine & (epoch == e)], minlength=size)
             assert len(counts) == size
@@ -218,9 +216,7 @@ def test_neighbours_part_from_epoch_to_epoch():
 
 
 def test_shuffles_differ_between_windows_lanes_and_epochs():
-    order = SampleOrder(
-        [[1000]], seed=0, global_batch=4, block=1000, window=50
-    )  # one block: windows alone shuffle
+    order = SampleOrder([[1000]], seed=0, global_batch=4, block=1000, window=50)  # one block: windows alone shuffle
     ids = rows(order, range(500))[0]
     orders = ids.T.reshape(4, 10, 50) % 50  # (lanes, two epochs of five windows, place)
     for first, second in itertools.combinations(orders.reshape(40, 50), 2):
@@ -228,9 +224,7 @@ def test_shuffles_differ_between_windows_lanes_and_epochs():
 
 
 def test_blocks_stand_elsewhere_each_epoch():
-    order = SampleOrder(
-        [[1000]], seed=0, global_batch=4, block=10, window=1
-    )  # windows of one: blocks alone move
+    order = SampleOrder([[1000]], seed=0, global_batch=4, block=10, window=1)  # windows of one: blocks alone move
     lines = rows(order, range(750))[0].T.reshape(4, 3, 250).swapaxes(0, 1).reshape(3, 1000)
     for first, second in itertools.combinations(lines, 2):
         assert (first == second).mean() < 0.1
@@ -253,9 +247,7 @@ def test_few_lanes_over_a_long_source_are_warned_of(caplog):
 # ---- several sources -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "weights", [[0.5, 0.5], [0.9, 0.1], [1 / 3, 2 / 3], [0.123, 0.877], [0.05, 0.25, 0.7], None]
-)
+@pytest.mark.parametrize("weights", [[0.5, 0.5], [0.9, 0.1], [1 / 3, 2 / 3], [0.123, 0.877], [0.05, 0.25, 0.7], None])
 def test_every_batch_and_every_rank_has_the_mix(weights):
     sizes = [500, 1700, 1300][: len(weights or [0, 0])]
     share = np.array(weights or sizes) / sum(weights or sizes)
@@ -268,18 +260,14 @@ def test_every_batch_and_every_rank_has_the_mix(weights):
 
 def test_every_source_keeps_its_own_exact_epochs():
     sizes = [97, 211, 50]
-    order = SampleOrder(
-        [shards(n) for n in sizes], seed=4, global_batch=30, weights=[0.2, 0.3, 0.5], block=8, window=5
-    )
+    order = SampleOrder([shards(n) for n in sizes], seed=4, global_batch=30, weights=[0.2, 0.3, 0.5], block=8, window=5)
     assert assert_epochs_are_exact(order, sizes, 60) >= 9
 
 
 def test_sources_of_one_size_have_orders_of_their_own():
     order = SampleOrder([[500], [500]], seed=0, global_batch=100)
     ids, source, _ = rows(order, range(11))
-    lines = [
-        [ids[source[:, c] == d, c][:5].tolist() for c in range(100)] for d in range(2)
-    ]  # epoch 0, lane by lane
+    lines = [[ids[source[:, c] == d, c][:5].tolist() for c in range(100)] for d in range(2)]  # epoch 0, lane by lane
     assert (np.array(lines[0]) == np.array(lines[1])).mean() < 0.1
 
 
@@ -297,9 +285,7 @@ def test_one_source_is_the_special_case_of_several():
 
 def test_segments_keep_the_exact_epochs_of_each_source():
     segments = [(13, [0.8, 0.2]), (29, [0, 1]), (37, [0.5, 0.5])]
-    order = SampleOrder(
-        [shards(120), shards(90)], seed=0, global_batch=24, weights=[0.3, 0.7], segments=segments
-    )
+    order = SampleOrder([shards(120), shards(90)], seed=0, global_batch=24, weights=[0.3, 0.7], segments=segments)
     assert assert_epochs_are_exact(order, [120, 90], 70) >= 10
     _, source, _ = rows(order, range(70))
     for first, last, share in [(0, 13, 0.7), (13, 29, 0.2), (29, 37, 1), (37, 70, 0.5)]:
@@ -383,9 +369,7 @@ def test_order_is_golden():
 
 def test_a_world_that_does_not_divide_is_refused_with_what_works():
     order = SampleOrder([[10_000]], seed=0, global_batch=4096)
-    with pytest.raises(
-        UserError, match=r"4096 does not divide among 24 ranks: .* 4080 or 4104, or 16 or 32 ranks"
-    ):
+    with pytest.raises(UserError, match=r"4096 does not divide among 24 ranks: .* 4080 or 4104, or 16 or 32 ranks"):
         order.batch(0, 0, 24)
     with pytest.raises(UserError, match="global batch of 5000, or 4096 ranks"):
         order.batch(0, 0, 5000)

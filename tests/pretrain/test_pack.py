@@ -95,10 +95,7 @@ def test_a_flat_folder_and_flat_on_request(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize("packed", [False, True], ids=["tar", "tar.gz"])
 def test_a_folder_inside_a_tar(tmp_path: Path, packed: bool, capsys: pytest.CaptureFixture[str]) -> None:
     members = [
-        (f"set/{part}/{name}/{i}.jpg", image(i))
-        for part in ("train", "test")
-        for name in ("b", "a")
-        for i in range(2)
+        (f"set/{part}/{name}/{i}.jpg", image(i)) for part in ("train", "test") for name in ("b", "a") for i in range(2)
     ]
     path = write_tar(tmp_path / "set.tar", members)
     if packed:
@@ -255,9 +252,7 @@ def coco(folder: Path, box: list[float]) -> Path:
         {"id": 7, "image_id": 2, "bbox": box, "category_id": 7},
     ]
     (folder / "annotations").mkdir()
-    (folder / "annotations" / "captions_train.json").write_text(
-        json.dumps({"images": images, "annotations": notes})
-    )
+    (folder / "annotations" / "captions_train.json").write_text(json.dumps({"images": images, "annotations": notes}))
     (folder / "annotations" / "instances_train.json").write_text(
         json.dumps({"images": images, "annotations": boxes, "categories": [{"id": 7, "name": "cat"}]})
     )
@@ -280,9 +275,7 @@ def test_coco_captions_and_boxes(tmp_path: Path, box: list[float]) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["{", "[]", "{}", '{"images": [{}], "annotations": [{}]}'])
-def test_what_is_not_coco_is_refused_by_name(
-    tmp_path: Path, wrong: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_not_coco_is_refused_by_name(tmp_path: Path, wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     folder = coco(tmp_path / "coco", [0, 0, 1, 1])
     path = folder / "annotations" / "captions_train.json"
     path.write_text(wrong)
@@ -316,9 +309,7 @@ def test_existing_tars_are_taken_as_they_are(tmp_path: Path, capsys: pytest.Capt
 
 def test_samples_inside_a_compressed_tar_are_packed_anew_with_all_members(tmp_path: Path) -> None:
     members = [
-        (f"d/{i}.{e}", data)
-        for i in range(3)
-        for e, data in (("jpg", image(i)), ("cls", b"4"), ("x.npy", b"n"))
+        (f"d/{i}.{e}", data) for i in range(3) for e, data in (("jpg", image(i)), ("cls", b"4"), ("x.npy", b"n"))
     ]
     plain = write_tar(tmp_path / "a.tar", members)
     packed = tmp_path / "a.tgz"
@@ -401,9 +392,7 @@ def test_limit_takes_so_many(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "leaves nothing" in capsys.readouterr().err
 
 
-def test_a_folder_that_is_not_empty_is_never_written_to(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_is_not_empty_is_never_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = photos(tmp_path / "in", ["a.jpg"]), tmp_path / "out"
     out.mkdir()
     assert run("pack", folder, "--out", out) == 0  # empty is fine
@@ -452,9 +441,7 @@ def test_two_packs_into_one_folder_do_not_mix(tmp_path: Path, capsys: pytest.Cap
     assert "another pack" in capsys.readouterr().err
 
 
-def test_nothing_to_pack_is_an_error_and_leaves_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_to_pack_is_an_error_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in").mkdir()
     assert run("pack", tmp_path / "in", "--out", tmp_path / "out") == 2
     (tmp_path / "in" / "a.jpg").write_bytes(b"")

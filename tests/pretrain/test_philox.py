@@ -29,9 +29,7 @@ def test_rows_depend_on_their_own_keys_alone():
 
 
 def test_more_draws_keep_the_first():
-    assert np.array_equal(
-        uniforms(1, 0, 0, np.arange(9), "crop", 7)[:, :4], uniforms(1, 0, 0, np.arange(9), "crop", 4)
-    )
+    assert np.array_equal(uniforms(1, 0, 0, np.arange(9), "crop", 7)[:, :4], uniforms(1, 0, 0, np.arange(9), "crop", 4))
     assert uniforms(1, 0, 0, np.arange(9), "crop", 0).shape == (9, 0)
     assert uniforms(1, 0, 0, np.arange(0), "crop", 3).shape == (0, 3)
 

@@ -21,10 +21,7 @@ def brute(query, gallery, positives) -> list[int]:
     ranks = []
     for q in range(len(query)):
         own = [g for i, g in positives.tolist() if i == q]
-        better = [
-            1 + int((scores[q] > scores[q, g]).sum()) + int((scores[q, :g] == scores[q, g]).sum())
-            for g in own
-        ]
+        better = [1 + int((scores[q] > scores[q, g]).sum()) + int((scores[q, :g] == scores[q, g]).sum()) for g in own]
         ranks.append(min(better, default=len(gallery) + 1))
     return ranks
 
@@ -45,9 +42,7 @@ def duplicates(seed: int = 0, d: int = 96):
 def pairs(seed: int = 0) -> torch.Tensor:
     """One to four positives a query in no order; queries 5 and 40 have none."""
     g = torch.Generator().manual_seed(seed)
-    drawn = torch.stack(
-        [torch.randint(0, Q, (100,), generator=g), torch.randint(0, G, (100,), generator=g)], 1
-    )
+    drawn = torch.stack([torch.randint(0, Q, (100,), generator=g), torch.randint(0, G, (100,), generator=g)], 1)
     return drawn[(drawn[:, 0] != 5) & (drawn[:, 0] != 40)]
 
 
@@ -127,9 +122,7 @@ def test_no_queries_or_no_positives():
 
 def test_wrong_arguments_are_named():
     query, gallery = integers()
-    with pytest.raises(
-        ValueError, match=r"positive pair \[2, 59\] is beyond the 41 queries and 59 gallery rows"
-    ):
+    with pytest.raises(ValueError, match=r"positive pair \[2, 59\] is beyond the 41 queries and 59 gallery rows"):
         contrastive_ranks(query, gallery, torch.tensor([[0, 1], [2, 59]]))
     with pytest.raises(ValueError, match="same D"):
         contrastive_ranks(query, gallery[:, :3], pairs())

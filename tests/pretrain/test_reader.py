@@ -53,9 +53,7 @@ def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
                 tar.addfile(info, io.BytesIO(data))
 
 
-def write_source(
-    folder: Path, counts: tuple[int, ...], changed: dict[int, dict[str, bytes]] | None = None
-) -> Source:
+def write_source(folder: Path, counts: tuple[int, ...], changed: dict[int, dict[str, bytes]] | None = None) -> Source:
     """Shards of `counts` samples; sample i has the members `changed[i]` where given."""
     folder.mkdir(parents=True)
     start = 0
@@ -184,9 +182,7 @@ def test_ranks_together_are_the_global_batch(sources, world):
         assert torch.equal(torch.cat([rank.tokens["caption"] for rank in ranks]), batch.tokens["caption"])
 
 
-@pytest.mark.parametrize(
-    "options", [{"threads": 1, "prefetch": 0}, {"threads": 4, "prefetch": 5}, {"cache_bytes": 0}]
-)
+@pytest.mark.parametrize("options", [{"threads": 1, "prefetch": 0}, {"threads": 4, "prefetch": 5}, {"cache_bytes": 0}])
 def test_threads_prefetch_and_cache_change_nothing(sources, options):
     for a, b in zip(collect(sources, 0, 12), collect(sources, 0, 12, **options), strict=True):
         assert_same(a, b)
@@ -327,9 +323,7 @@ def test_too_much_damage_stops_at_the_same_batch_with_a_list(tmp_path):
         told: list[dict] = []
         with make([source], threads=threads, max_damaged=0.01, on_damage=told.append) as reader:
             seen = []
-            with pytest.raises(
-                UserError, match=r"of \d+ rows .* damaged, more than max_damaged = 0.01"
-            ) as raised:
+            with pytest.raises(UserError, match=r"of \d+ rows .* damaged, more than max_damaged = 0.01") as raised:
                 seen.extend(batch.step for batch in reader.stream(0, 100))
         assert f"{source.shards[0]}: {told[0]['key']}: not an image" in str(raised.value)
         assert len(told) > 10  # of the first 1,000 rows

@@ -316,9 +316,7 @@ def test_a_read_only_folder_is_indexed_in_the_cache(tmp_path: Path, monkeypatch:
     _read_only(tmp_path, monkeypatch, lambda folder: folder.chmod(0o555))
 
 
-def test_a_folder_that_refuses_writes_is_indexed_in_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_refuses_writes_is_indexed_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(folder: Path) -> None:
         import tempfile
 

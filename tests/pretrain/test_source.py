@@ -89,9 +89,7 @@ def test_a_folder_without_tars_points_to_those_inside_it(tmp_path: Path) -> None
         open_source([])
 
 
-def test_lengths_come_from_pack_json_without_opening_a_shard(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lengths_come_from_pack_json_without_opening_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = shards(tmp_path / "d", [3, 4])
     adopt([load_index(path) for path in paths], None)
     monkeypatch.setattr("pretrain.shards.source.index_length", lambda _: pytest.fail("a shard was opened"))

@@ -32,9 +32,7 @@ def open_log(run: Path, resume_step: int | None = None, **options) -> RunLog:
 
 def test_what_is_logged_is_read_back(tmp_path: Path) -> None:
     with open_log(tmp_path) as runlog:
-        runlog.step(
-            10, {"loss": torch.tensor(1.5), "loss/clip": np.float32(0.5), "samples_seen": 640, "epoch": 0.1}
-        )
+        runlog.step(10, {"loss": torch.tensor(1.5), "loss/clip": np.float32(0.5), "samples_seen": 640, "epoch": 0.1})
         runlog.event("save", step=10, path=tmp_path)
         runlog.event("stop", step=10, reason="done")
     (record,) = read_log(tmp_path)
@@ -77,13 +75,9 @@ def test_what_is_not_finite_is_null_and_named(tmp_path: Path) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
     with open_log(tmp_path) as runlog:
-        runlog.step(
-            1, {"loss": torch.tensor(float("nan")), "grad_norm": float("inf"), "lr": 0.1, "beta": (0.9, 0.99)}
-        )
+        runlog.step(1, {"loss": torch.tensor(float("nan")), "grad_norm": float("inf"), "lr": 0.1, "beta": (0.9, 0.99)})
         runlog.event("spike", per_rank={"loss": [1.0, float("-inf")]})
-    lines = [
-        json.loads(line, parse_constant=strict) for line in (tmp_path / "log.jsonl").read_text().splitlines()
-    ]
+    lines = [json.loads(line, parse_constant=strict) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines[1]["loss"] is None
     assert lines[1]["nonfinite"] == ["loss", "grad_norm"]
     assert lines[1]["lr"] == 0.1

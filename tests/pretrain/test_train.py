@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from pretrain.__main__ import main
 from pretrain.checkpoint import find_latest
 from pretrain.telemetry import read_log
-from tests.tiny import RESNET, recipe_data, write_recipe, write_shards
+from tests.tiny import RESNET, VIT, add, picture, recipe_data, write_recipe, write_shards
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
 
@@ -24,6 +28,11 @@ def start(*argv: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "pretrain", *argv], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
     )
+
+
+def train_here(recipe: Path, *overrides: str) -> int:
+    """The same command in this process, on one rank; its exit code."""
+    return main([str(recipe), *overrides])
 
 
 def train(*argv: str) -> str:
@@ -79,7 +88,7 @@ def wait_for_a_step(log: Path, process: subprocess.Popen) -> None:
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, shards):
     run = tmp_path / "run"
-    data = recipe_data(shards, run, world=2, steps=2000, checkpoint={"every": 10000})
+    data = recipe_data(shards, run, world=2, steps=4000, checkpoint={"every": 10000})
     recipe = write_recipe(tmp_path / "r.yaml", data)
     process = subprocess.Popen(
         [sys.executable, "-m", "pretrain", str(recipe)],
@@ -92,43 +101,74 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, shards):
     assert "the same command goes on" in told
     stopped = find_latest(run / "checkpoints")
     assert stopped is not None
-    assert stopped.step < 2000
+    assert stopped.step < 4000
     assert f"resuming at step {stopped.step}" in train(str(recipe), f"steps={stopped.step + 2}")
 
 
 def test_accumulation_gives_the_same_run(tmp_path, shards):
     for k in (1, 3):
-        recipe = write_recipe(tmp_path / f"{k}.yaml", recipe_data(shards, tmp_path / str(k), accumulation=k))
-        train(str(recipe))
+        data = recipe_data(shards, tmp_path / str(k), accumulation=k)
+        assert train_here(write_recipe(tmp_path / f"{k}.yaml", data)) == 0
     one, three = losses(tmp_path / "1"), losses(tmp_path / "3")
     assert [one[s] for s in sorted(one)] == pytest.approx([three[s] for s in sorted(three)], rel=1e-5)
 
 
-def test_another_recipe_in_the_same_folder_is_refused_with_the_difference(tmp_path, shards):
-    data = recipe_data(shards, tmp_path / "run", steps=2)
-    train(str(write_recipe(tmp_path / "r.yaml", data)))
-    process = start(str(tmp_path / "r.yaml"), "seed=5")
-    _, told = process.communicate()
-    assert process.returncode == 2
-    assert "seed: 0 -> 5" in told
+def test_another_recipe_in_the_same_folder_is_refused_with_the_difference(tmp_path, shards, capsys):
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_data(shards, tmp_path / "run", steps=2))
+    assert train_here(recipe) == 0
+    assert train_here(recipe, "seed=5") == 2
+    assert "seed: 0 -> 5" in capsys.readouterr().err
     # what does not make it another run may change
-    train(str(tmp_path / "r.yaml"), "steps=4", "log.every=2", "data.threads=1")
+    assert train_here(recipe, "steps=4", "log.every=2", "data.threads=1", "optimizer.lr=1e-4") == 0
+    assert find_latest(tmp_path / "run" / "checkpoints").step == 4
 
 
-def test_a_changed_data_set_is_refused_at_resume(tmp_path):
+def test_a_changed_data_set_is_refused_at_resume(tmp_path, capsys):
     shards = write_shards(tmp_path / "data", samples=40)
     recipe = write_recipe(tmp_path / "r.yaml", recipe_data(shards, tmp_path / "run", steps=2))
-    train(str(recipe))
+    assert train_here(recipe) == 0
     write_shards(tmp_path / "data", samples=41)
-    process = start(str(recipe), "steps=4")
-    _, told = process.communicate()
-    assert process.returncode == 2
-    assert "order" in told
+    assert train_here(recipe, "steps=4") == 2
+    assert "order is not the one" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, shards, capsys):
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_data(shards, tmp_path / "run", steps=2))
+    assert train_here(recipe) == 0
+    wider = recipe_data(shards, tmp_path / "other", steps=2, model=VIT | {"embed_dim": 6})
+    (tmp_path / "other").mkdir()
+    shutil.copytree(tmp_path / "run" / "checkpoints", tmp_path / "other" / "checkpoints")
+    assert train_here(write_recipe(tmp_path / "o.yaml", wider)) == 2
+    assert "is of another model" in capsys.readouterr().err
+
+
+def test_damaged_samples_are_passed_over_and_named(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for i in range(40):
+            add(tar, f"s{i}.png", picture(i) if i != 7 else b"not an image")
+            add(tar, f"s{i}.txt", b"a thing" if i != 9 else b"caf\xe9 \xff")
+    data = recipe_data(folder, tmp_path / "run", data={"sources": [str(folder)], "max_damaged": 0.2})
+    assert train_here(write_recipe(tmp_path / "r.yaml", data)) == 0
+    told = [json.loads(line) for line in (tmp_path / "run" / "damaged.jsonl").read_text().splitlines()]
+    assert {t["key"] for t in told} == {"s7", "s9"}
+    assert any("UTF-8" in t["reason"] for t in told)
+    assert all(torch.isfinite(torch.tensor(v)) for v in losses(tmp_path / "run").values())
 
 
 def test_a_world_that_is_not_met_is_refused(tmp_path, shards):
     recipe = write_recipe(tmp_path / "r.yaml", recipe_data(shards, tmp_path / "run", world=2))
-    command = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "pretrain", str(recipe)]
+    command = [
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "-m",
+        "pretrain",
+        str(recipe),
+    ]
     done = subprocess.run([sys.executable, *command], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode != 0
     assert "needs world 2, but the launcher started 1 process." in done.stderr
@@ -141,17 +181,19 @@ def test_accelerate_launch_trains_on_two_processes_like_the_own_launcher(tmp_pat
     train(str(tmp_path / "own.yaml"))
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m", "pretrain"]
     done = subprocess.run(
-        [sys.executable, *launch, str(tmp_path / "accelerate.yaml")], env=ENVIRONMENT, capture_output=True, text=True
+        [sys.executable, *launch, str(tmp_path / "accelerate.yaml")],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "own") == losses(tmp_path / "accelerate")
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, shards):
+def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, shards, capsys):
     recipe = write_recipe(tmp_path / "r.yaml", recipe_data(shards, tmp_path / "run", optimizer={"lr": 1e18}))
-    process = start(str(recipe))
-    _, told = process.communicate()
-    assert process.returncode == 2
+    assert train_here(recipe) == 2
+    told = capsys.readouterr().err
     assert "No weight was touched" in told
     assert "polyview replay" in told
 

@@ -22,12 +22,8 @@ from pretrain.views.spec import ImageView
 def photo(width: int = 60, height: int = 40, seed: int = 0) -> Image.Image:
     """Smooth colour and some noise, so that resizing has something to do and JPEG something to keep."""
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray((rng.random((6, 8, 3)) * 255).astype(np.uint8)).resize(
-        (width, height), Image.BICUBIC
-    )
-    return Image.fromarray(
-        (np.asarray(coarse) + rng.integers(0, 12, (height, width, 3))).clip(0, 255).astype(np.uint8)
-    )
+    coarse = Image.fromarray((rng.random((6, 8, 3)) * 255).astype(np.uint8)).resize((width, height), Image.BICUBIC)
+    return Image.fromarray((np.asarray(coarse) + rng.integers(0, 12, (height, width, 3))).clip(0, 255).astype(np.uint8))
 
 
 def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
@@ -81,9 +77,7 @@ def png_header(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def jpeg_header(width: int, height: int) -> bytes:
@@ -150,10 +144,7 @@ def test_crop_equals_pillow_with_the_same_box(size):
         assert crop.shape == (3, 64, 64)
         assert crop.dtype == torch.uint8
         assert crop.is_contiguous()
-        assert (
-            np.abs(crop.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected).astype(int)).mean()
-            <= 0.01
-        )
+        assert np.abs(crop.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected).astype(int)).mean() <= 0.01
 
 
 @pytest.mark.parametrize("size", [*SIZES, (90, 700), (701, 91)])
@@ -167,10 +158,7 @@ def test_eval_crop_equals_open_clip(size):
 
 @pytest.mark.real
 def test_real_photographs_equal_open_clip(real_data: Path):
-    files = (
-        sorted((real_data / "imagenet-sample-250").rglob("*.JPEG"))[:20]
-        or sorted(real_data.rglob("*.jpg"))[:20]
-    )
+    files = sorted((real_data / "imagenet-sample-250").rglob("*.JPEG"))[:20] or sorted(real_data.rglob("*.jpg"))[:20]
     evaluation = image_transform(224, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
     view, apart = ImageView("image", 224), []
     for seed, file in enumerate(files):
@@ -179,9 +167,7 @@ def test_real_photographs_equal_open_clip(real_data: Path):
         apart.append((eval_crop(pixels, 224) - evaluation(image) * 255).abs().mean())
         u = np.random.default_rng(seed).random(UNIFORMS)
         top, left, height, width = crop_box(*pixels.shape[:2], view, u)
-        expected = np.asarray(
-            image.crop((left, top, left + width, top + height)).resize((224, 224), Image.BICUBIC)
-        )
+        expected = np.asarray(image.crop((left, top, left + width, top + height)).resize((224, 224), Image.BICUBIC))
         crop = random_resized_crop(pixels, view, u).permute(1, 2, 0).numpy()
         apart.append(torch.tensor(np.abs(crop.astype(int) - expected.astype(int)).mean()))
     assert len(files) == 20
@@ -201,22 +187,17 @@ def test_boxes_have_the_distribution_of_torchvision(height, width, view):
     rng, n = np.random.default_rng(0), 4000
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
-    theirs = np.array(
-        [RandomResizedCrop.get_params(image, list(view.scale), list(view.ratio)) for _ in range(n)]
-    )
+    theirs = np.array([RandomResizedCrop.get_params(image, list(view.scale), list(view.ratio)) for _ in range(n)])
     ours = np.array([crop_box(height, width, view, rng.random(UNIFORMS)) for _ in range(n)])
     for column in range(4):
-        assert _largest_gap(ours[:, column], theirs[:, column]) < 1.95 * np.sqrt(2 / n), (
-            "Kolmogorov-Smirnov, p = 0.001"
-        )
+        assert _largest_gap(ours[:, column], theirs[:, column]) < 1.95 * np.sqrt(2 / n), "Kolmogorov-Smirnov, p = 0.001"
 
 
 def _largest_gap(a: np.ndarray, b: np.ndarray) -> float:
     at = np.unique(np.concatenate([a, b]))
     return float(
         np.abs(
-            np.searchsorted(np.sort(a), at, "right") / len(a)
-            - np.searchsorted(np.sort(b), at, "right") / len(b)
+            np.searchsorted(np.sort(a), at, "right") / len(a) - np.searchsorted(np.sort(b), at, "right") / len(b)
         ).max()
     )
 
@@ -237,9 +218,7 @@ def test_boxes_of_extreme_images_stay_inside(height, width):
 def test_fallback_is_the_centre_crop_of_torchvision():
     view = ImageView("a", 8)
     box = crop_box(100, 1000, view, np.full(UNIFORMS, 0.5))
-    assert tuple(box) == tuple(
-        RandomResizedCrop.get_params(torch.empty(3, 100, 1000), [0.9, 1.0], [3 / 4, 4 / 3])
-    )
+    assert tuple(box) == tuple(RandomResizedCrop.get_params(torch.empty(3, 100, 1000), [0.9, 1.0], [3 / 4, 4 / 3]))
 
 
 def test_box_reaches_both_edges():

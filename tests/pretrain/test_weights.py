@@ -22,9 +22,7 @@ from pretrain.weights.open_clip import load_open_clip, model_recipe, to_open_cli
 from pretrain.weights.timm import load_timm, to_timm
 
 IMAGE, CAPTION = FeatureRequest("image", "crop"), FeatureRequest("text", "caption")
-PIXELS = torch.randint(
-    0, 256, (2, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-)
+PIXELS = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 CAPTIONS = ["a dog", "two people in red coats watch a brown dog run over the wet grass"]
 TEXT_LAYERS, VISION_LAYERS = 4, 4
 
@@ -118,14 +116,10 @@ def test_weights_of_another_tower_are_refused(small: tuple[nn.Module, Trunk]) ->
         model_recipe("ViT-L-14")
 
 
-def test_files_are_read_with_what_trainers_wrap_around_them(
-    small: tuple[nn.Module, Trunk], tmp_path: Path
-) -> None:
+def test_files_are_read_with_what_trainers_wrap_around_them(small: tuple[nn.Module, Trunk], tmp_path: Path) -> None:
     peer, trunk = small
     state = peer.state_dict()
-    torch.save(
-        {"epoch": 3, "state_dict": {f"module.{n}": t for n, t in state.items()}}, tmp_path / "epoch_3.pt"
-    )
+    torch.save({"epoch": 3, "state_dict": {f"module.{n}": t for n, t in state.items()}}, tmp_path / "epoch_3.pt")
     save_file(state, tmp_path / "model.safetensors")
     for file in ("epoch_3.pt", "model.safetensors"):
         assert load_open_clip(trunk, tmp_path / file).item() == pytest.approx(peer.logit_scale.item())
