@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from index.collection import Collection
-
+    from index.search.opened import Index
     from pretrain.encoder import Encoder
 
 DOC = """Pretrain vision and vision-language encoders, index what they see, judge what they learned.
@@ -20,14 +20,14 @@ DOC = """Pretrain vision and vision-language encoders, index what they see, judg
 `polyview RECIPE [key=value …]` trains. The same verbs stand behind `python -m pretrain|index|downstream|slurm`."""
 
 
-def load(checkpoint: str | os.PathLike[str], device: str = "auto") -> Encoder:
+def load(checkpoint: str | Path, device: str = "auto") -> Encoder:
     """The encoder of a run, a checkpoints folder or one checkpoint: `.encode_image(images)`, `.encode_text(texts)`."""
     from pretrain.encoder import load as load_encoder
 
     return load_encoder(checkpoint, device=device)
 
 
-def open_index(folder: str | os.PathLike[str]) -> Collection:
+def open_index(folder: str | Path) -> Index:
     """The published version of a collection: `.search(vectors | images | texts, k, filter=None)`."""
     from index import open_index as open_collection
 

@@ -15,14 +15,14 @@ def open_data(recipe: Recipe) -> tuple[list[Source], SampleOrder]:
         UserError: a shard is missing, a source is empty, the batch is larger than the data, weights do not fit.
     """
     sources = [open_source(s.shards) for s in recipe.data.sources]
-    weights = [s.weight for s in recipe.data.sources]
-    if any(w is None for w in weights) and any(w is not None for w in weights):
+    weights = [s.weight for s in recipe.data.sources if s.weight is not None]
+    if weights and len(weights) < len(sources):
         raise UserError("data.sources: give every source a weight, or none")
     order = SampleOrder(
         [s.lengths for s in sources],
         seed=recipe.seed,
         global_batch=recipe.global_batch,
-        weights=None if None in weights else weights,
+        weights=weights or None,
         segments=[(s.from_step, s.weights) for s in recipe.data.segments],
         block=recipe.data.block,
         window=recipe.data.window,

@@ -21,6 +21,7 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
+from pretrain.checkpoint import find_checkpoint
 from pretrain.errors import UserError
 from pretrain.models.request import FeatureRequest
 from pretrain.models.trunk import Trunk, build_trunk
@@ -28,6 +29,7 @@ from pretrain.recipe import ModelRecipe
 from pretrain.views.decode import DamagedSample, decode
 from pretrain.views.geometry import eval_crop
 from pretrain.views.tokenizer import ClipTokenizer
+from pretrain.weights.native import load_trunk
 
 ImageLike = bytes | str | Path | Image.Image | np.ndarray
 IMAGE = FeatureRequest("image", "image")

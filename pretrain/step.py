@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pretrain.backends.base import Backend
 from pretrain.backends.replicated import Replicated
+from pretrain.distributed.groups import Group
 from pretrain.distributed.syncbn import frozen_statistics
 from pretrain.models.request import FeatureRequest
 from pretrain.objectives.base import Features
@@ -38,7 +39,7 @@ class TwoStage:
     """The step's forward and backward, bound to a backend and a joint objective."""
 
     def __init__(
-        self, backend: Backend, joint: Joint, *, accumulation: int, seed: int, rank: int, group: object
+        self, backend: Backend, joint: Joint, *, accumulation: int, seed: int, rank: int, group: Group
     ) -> None:
         self.backend, self.joint = backend, joint
         self.accumulation, self.seed, self.rank, self.group = accumulation, seed, rank, group

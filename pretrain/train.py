@@ -84,7 +84,7 @@ def _loop(run: _Run) -> None:
         if done == run.start + 1:
             run.writer.reserve(run.fragments())  # host memory for the first save, now that all state exists
         if last or done % recipe.log.every == 0 or done == run.start + 1:
-            line = {"samples_seen": done * recipe.global_batch, "epoch": run.order.epoch_of(done)}
+            line: dict[str, Any] = {"samples_seen": done * recipe.global_batch, "epoch": run.order.epoch_of(done)}
             line |= {"loss": result.loss, **result.figures, "lr": lr, "grad_norm": grad_norm}
             if last or done % recipe.log.signals_every == 0:
                 line |= run.embedding_signals(result.features)
@@ -137,7 +137,7 @@ class _Run:
 
     def embedding_signals(self, features: Features) -> dict[str, float]:
         """RankMe and spread of the image embeddings of the global batch; gathered from all ranks, on all ranks."""
-        found = {}
+        found: dict[str, float] = {}
         for request, feature in features.items():
             if request.tower == "image" and request.output == "embedding":
                 rows = all_gather_rows(feature)
@@ -155,8 +155,8 @@ class _Run:
         except NonFiniteError as error:
             self.log.event("non-finite", step=step)
             raise UserError(
-                f"step {step}: {error}. No weight was touched. `polyview replay {self.folder.path} --step {step}` shows "
-                f"the batch and the loss of each sample; lower optimizer.lr or set optimizer.clip_norm, and the "
+                f"step {step}: {error}. No weight was touched. `polyview replay {self.folder.path} --step {step}` "
+                f"shows the batch and the loss of each sample; lower optimizer.lr or set optimizer.clip_norm, and the "
                 f"same command resumes from the newest checkpoint"
             ) from None
 
@@ -272,6 +272,7 @@ def _announce(run: _Run) -> None:
     begun = f"resuming at step {run.start} of" if run.start else "training"
     trained = sum(p.numel() for p in run.backend.trunk.parameters())
     log.info(
-        f"{run.recipe.name}: {begun} {run.total} steps, {run.order.samples:,} samples, batch {run.recipe.global_batch}, "
-        f"{trained / 1e6:.1f} M parameters, {run.backend.describe()}, into {run.folder.path}"
+        f"{run.recipe.name}: {begun} {run.total} steps, {run.order.samples:,} samples, "
+        f"batch {run.recipe.global_batch}, {trained / 1e6:.1f} M parameters, {run.backend.describe()}, "
+        f"into {run.folder.path}"
     )

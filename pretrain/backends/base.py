@@ -17,7 +17,9 @@ Inputs = Mapping[FeatureRequest, Tensor]
 class Backend(Protocol):
     """The trunk, its optimizer, and how gradients of all ranks become one."""
 
-    trunk: nn.Module
+    @property
+    def trunk(self) -> nn.Module:
+        """The bare trunk: names, buffers, statistics."""
 
     def micro_step(self, last: bool) -> AbstractContextManager:
         """Around forward and backward of one micro-batch; gradients are reduced in the last one."""

@@ -16,7 +16,7 @@ class SharedFlags:
     def __init__(self, names: tuple[str, ...], world: int) -> None:
         self.names = names
         # a group of its own: its collectives never mix with those of the training step, nor need a GPU
-        self._group = dist.new_group(backend="gloo") if world > 1 else None
+        self._group: dist.ProcessGroup | None = dist.new_group(backend="gloo") if world > 1 else None  # type: ignore[assignment]
         self._sent: tuple[torch.Tensor, dist.Work | None] | None = None
 
     def exchange(self, raised: set[str]) -> set[str]:

@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from pretrain.distributed.groups import Group
 from pretrain.models.request import FeatureRequest
 from pretrain.views.spec import ImageView, TextView
 
@@ -70,7 +71,7 @@ class Objective(nn.Module, ABC):
         """Features of these views that `loss` will be given."""
 
     @abstractmethod
-    def loss(self, features: Features, batch: Batch, group: object) -> Loss:
+    def loss(self, features: Features, batch: Batch, group: Group) -> Loss:
         """The loss of this rank's rows of the global batch; collectives run on all ranks, always."""
 
     @abstractmethod

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from pretrain.distributed.groups import Group
 from pretrain.models.request import FeatureRequest
 from pretrain.objectives.base import Features, Loss, Objective, ObjectiveOptions, at_least_fp32
 from pretrain.objectives.functional import clip_loss
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from pretrain.reader import Batch
 
 
-class Options(ObjectiveOptions):
+class ClipOptions(ObjectiveOptions):
     """CLIP's own settings; the defaults are open_clip's."""
 
     scale: tuple[float, float] = (0.9, 1.0)
@@ -37,12 +38,12 @@ class Options(ObjectiveOptions):
 class Clip(Objective):
     """Symmetric cross-entropy over the global batch, with a learned temperature."""
 
-    Options = Options
-    options: Options
+    Options = ClipOptions
+    options: ClipOptions
     image = FeatureRequest("image", "clip")
     text = FeatureRequest("text", "caption")
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: ClipOptions) -> None:
         super().__init__(options)
         self.logit_scale = nn.Parameter(torch.tensor([-math.log(options.temperature)]))
 
@@ -55,7 +56,7 @@ class Clip(Objective):
     def requests(self) -> list[FeatureRequest]:
         return [self.image, self.text]
 
-    def loss(self, features: Features, batch: Batch, group: object) -> Loss:
+    def loss(self, features: Features, batch: Batch, group: Group) -> Loss:
         image, text = self._unit(features)
         value = clip_loss(
             image,

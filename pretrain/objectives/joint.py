@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from pretrain.distributed.groups import Group
 from pretrain.errors import UserError
 from pretrain.models.request import FeatureRequest
 from pretrain.objectives.base import Features, Objective
@@ -40,15 +41,17 @@ class Joint(nn.Module):
         """Union of the features asked for, in a stable order."""
         return list(dict.fromkeys(r for o in self.by_name.values() for r in o.requests()))
 
-    def loss(self, features: Features, batch: Batch, group: object) -> tuple[Tensor, dict[str, Tensor | float]]:
+    def loss(self, features: Features, batch: Batch, group: Group) -> tuple[Tensor, dict[str, Tensor | float]]:
         """(weighted sum of the losses, every objective's own loss and signals by name)."""
-        total, figures = None, {}
+        total: Tensor | None = None
+        figures: dict[str, Tensor | float] = {}
         for name, objective in self.by_name.items():
             own = objective.loss(features, batch, group)
             part = objective.options.weight * own.value
             total = part if total is None else total + part
             figures[f"loss/{name}"] = own.value.detach()
-            figures |= {f"{name}/{signal}": value for signal, value in own.signals.items()}
+            for signal, figure in own.signals.items():
+                figures[f"{name}/{signal}"] = figure
         assert total is not None
         return total, figures
 

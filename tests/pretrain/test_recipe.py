@@ -60,7 +60,7 @@ def test_a_resolved_recipe_reads_back_equal(tmp_path):
 
 
 def test_an_unknown_recipe_names_the_nearest():
-    with pytest.raises(UserError, match="did you mean demo?"):
+    with pytest.raises(UserError, match=r"did you mean demo\?"):
         load_recipe("dmeo")
 
 
