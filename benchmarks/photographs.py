@@ -40,7 +40,8 @@ def captions(name: str) -> dict[str, list[str]]:
 
 def write_tars(to: Path, images: dict[str, bytes], texts: dict[str, list[str]], a_shard: int = 250) -> list[Path]:
     """Shards of jpg + txt, the first caption alone, as img2dataset writes them."""
-    names, shards = list(images), []
+    names = list(images)
+    shards: list[Path] = []
     for first in range(0, len(names), a_shard):
         shards.append(to / f"{len(shards):05d}.tar")
         with tarfile.open(shards[-1], "w") as tar:

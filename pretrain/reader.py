@@ -81,13 +81,14 @@ class Reader:
         self._waited_s = 0.0
 
     def batch(self, step: int) -> Batch:
-        """The batch of one step, the very one the stream gives. Damage is in `.damaged`, neither told nor
-        counted.
-        """
+        """The batch of one step, the very one the stream gives; its damage is neither told nor counted."""
         return self._wait(self._start(step))
 
     def stream(self, start: int, stop: int) -> Iterator[Batch]:
-        """Batches of steps start to stop - 1. Raises what a thread raised, UserError for too much damage."""
+        """Batches of steps start to stop - 1. Raises what a thread raised; UserError for too much damage.
+
+        Work begins when the first batch is asked for. An iterator that is let go drops what it made ahead.
+        """
         watch = DamageWatch(*self._damage)
         jobs: deque[Job] = deque()
         ahead = iter(range(start, stop))

@@ -261,11 +261,11 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 
 def _descend(data: Any, part: str, override: str) -> Any:
-    if isinstance(data, list):
-        return data[_position(data, part, override)]
-    if not isinstance(data.get(part), dict | list):
-        data[part] = {}
-    return data[part]
+    key: Any = _position(data, part, override) if isinstance(data, list) else part
+    held = data[key] if isinstance(data, list) else data.get(key)
+    if not isinstance(held, dict | list):  # a plain value (a source's bare path) gives way to the section
+        data[key] = {}
+    return data[key]
 
 
 def _position(data: list, part: str, override: str) -> int:

@@ -40,7 +40,7 @@ class AnyBank(ABC):
 
     @abstractmethod
     def candidates(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """(scores, ids), each (Q, count): the best rows by float32 products, in no order, ties as they fall."""
+        """(scores, ids), each (Q, count): the best rows by float32 products, in no order, ties anyhow."""
 
     @abstractmethod
     def rescore(self, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Crops and resizes on uint8 pixels: given the random numbers, a pure function.
 
-torchvision's uint8 resize on a channels-last view of the decoded array (its SIMD path; no copy of the crop is
-made) is several times faster than Pillow's and, with the two passes in Pillow's order, within 0.01 of 255 in
-the mean. Normalisation to floats is not here: batches stay uint8 and are normalised on the device.
+torch's uint8 resize (the kernel under torchvision's v2 transforms) on a channels-last view of the decoded array
+is several times faster than Pillow's and, with the two passes in Pillow's order, within 0.01 of 255 in the
+mean. Normalisation to floats is not here: batches stay uint8 and are normalised on the device.
 
 The crop parameters have the distribution of torchvision's `RandomResizedCrop.get_params` (ten tries, then a
 centre crop), but come from uniforms that the caller draws, a fixed number a view, so that a crop can be made

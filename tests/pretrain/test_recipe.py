@@ -46,6 +46,9 @@ def test_overrides_reach_into_sections_and_lists(tmp_path):
     file.write_text(dump_recipe(parse_recipe(MINIMAL, "t")))
     recipe = load_recipe(file, ["optimizer.lr=1e-3", "data.sources.0.shards=b", "objectives.clip=0.5"])
     assert (recipe.optimizer.lr, recipe.data.sources[0].shards, recipe.objectives["clip"]) == (1e-3, "b", 0.5)
+    file.write_text(file.read_text().replace("- shards: a\n    weight: null", "- a"))
+    assert load_recipe(file).data.sources[0].shards == "a"
+    assert load_recipe(file, ["data.sources.0.shards=b"]).data.sources[0].shards == "b"
     with pytest.raises(UserError, match="not key=value"):
         load_recipe(file, ["optimizer.lr"])
     with pytest.raises(UserError, match="no position"):

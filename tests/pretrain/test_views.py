@@ -14,7 +14,7 @@ from open_clip.transform import image_transform
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from pretrain.views.decode import DamagedSample, decode
+from pretrain.views.decode import DamagedSample, Scratch, decode
 from pretrain.views.geometry import UNIFORMS, crop_box, eval_crop, random_resized_crop
 from pretrain.views.spec import ImageView
 
@@ -243,3 +243,15 @@ def test_flip_mirrors_the_crop():
 def test_impossible_views_are_refused(wrong):
     with pytest.raises(ValueError, match="view 'a'"):
         ImageView(**{"name": "a", "size": 8, **wrong})
+
+
+def test_scratch_is_used_again_and_gives_the_same_pixels():
+    scratch = Scratch()
+    for kind in ("jpeg", "grey jpeg", "png", "CMYK jpeg"):
+        assert np.array_equal(decode(GOOD[kind], scratch=scratch), decode(GOOD[kind]))
+    first, second = decode(JPEG, scratch=scratch), decode(JPEG, scratch=scratch)
+    assert np.shares_memory(first, second)
+    assert not np.shares_memory(decode(JPEG), decode(JPEG))
+    large = decode(encoded(photo(3000, 2000)), scratch=scratch)
+    assert large.shape == (2000, 3000, 3)
+    assert not np.shares_memory(large, decode(JPEG, scratch=scratch)), "large images are not kept"
