@@ -158,7 +158,6 @@ class Job:
                 pixels[row] = 0 if stand_in is None else pixels[stand_in]
             for texts in self._captions.values():
                 texts[row] = "" if stand_in is None else texts[stand_in]
-            self._labels[row] = NO_LABEL
 
     def _damaged(self) -> list[dict[str, Any]]:
         return [

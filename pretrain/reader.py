@@ -10,6 +10,7 @@ It makes uint8 pixels and token ids; photometric augmentation and normalisation 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -78,6 +79,7 @@ class Reader:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reader")
         self._jobs: set[Job] = set()
         self._closed = False
+        self._lock = threading.Lock()
         self._waited_s = 0.0
 
     def batch(self, step: int) -> Batch:
@@ -110,7 +112,8 @@ class Reader:
 
     def close(self) -> None:
         """End the threads; a consumer still waiting gets a RuntimeError. Closing twice is fine."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
         for job in list(self._jobs):
             self._drop(job)
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -122,11 +125,12 @@ class Reader:
         self.close()
 
     def _start(self, step: int) -> Job:
-        if self._closed:
-            raise RuntimeError("the reader was closed")
-        job = Job(self._plan, self._pool, step)
-        self._jobs.add(job)
-        self._pool.submit(job.plan)
+        with self._lock:  # no job begins that closing would not see
+            if self._closed:
+                raise RuntimeError("the reader was closed")
+            job = Job(self._plan, self._pool, step)
+            self._jobs.add(job)
+            self._pool.submit(job.plan)
         return job
 
     def _wait(self, job: Job) -> Batch:

@@ -42,7 +42,7 @@ class Replayed:
 
     step: int
     weights_of: int
-    """Step of the weights the losses are of."""
+    """Steps done when the weights were as the losses show them; step - 1 for the step's own."""
     batch: Batch
     shards: list[str]
     """Shard of every row."""
@@ -61,7 +61,7 @@ class Replayed:
         logged = "not logged" if self.logged is None else f"logged {self.logged:.6f}"
         lines = [
             f"step {self.step}: {len(self.batch.keys)} samples, mean loss {mean:.6f} "
-            f"(weights of step {self.weights_of}; {logged})"
+            f"(weights after step {self.weights_of}; {logged})"
         ]
         for i in self.total().argsort(descending=True)[:top].tolist():
             lines.append(f"  {self.total()[i]:9.4f}  {self.shards[i]}  {self.batch.keys[i]}")
@@ -69,7 +69,7 @@ class Replayed:
 
 
 def replay(run: Path, step: int, *, advance: bool = False) -> Replayed:
-    """Rebuild 0-based `step` of a run.
+    """Rebuild the step that the log calls `step`: 1 is a run's first.
 
     Raises:
         UserError: no run, a step outside of it, or no checkpoint at or before the step.
@@ -77,12 +77,14 @@ def replay(run: Path, step: int, *, advance: bool = False) -> Replayed:
     folder = RunFolder(run)
     recipe = folder.recipe()
     sources, order = open_data(recipe)
-    if not 0 <= step < recipe.total_steps(order.samples):
-        raise UserError(f"step {step} is outside the run: it has steps 0 to {recipe.total_steps(order.samples) - 1}")
-    checkpoint = find_latest(folder.checkpoints, at_most=step)
+    total = recipe.total_steps(order.samples)
+    if not 1 <= step <= total:
+        raise UserError(f"step {step} is outside the run: it has steps 1 to {total}")
+    index = step - 1  # what the order, the reader and the checkpoints count: steps done before this one
+    checkpoint = find_latest(folder.checkpoints, at_most=index)
     if checkpoint is None and not advance:
         raise UserError(
-            f"{folder.checkpoints} holds no checkpoint at or before step {step}; --advance trains up to it from step 0"
+            f"{folder.checkpoints} holds no checkpoint from before step {step}; --advance trains up to it from nothing"
         )
     joint = Joint(build(recipe.objectives))
     tokenizer = ClipTokenizer(recipe.model.text.context) if recipe.model.text else None
@@ -91,12 +93,12 @@ def replay(run: Path, step: int, *, advance: bool = False) -> Replayed:
     try:
         state = _State(recipe, joint, checkpoint)
         if advance:
-            state.advance(reader, step, recipe.total_steps(order.samples))
-        batch = reader.batch(step)
+            state.advance(reader, index, total)
+        batch = reader.batch(index)
     finally:
         reader.close()
     shards = [str(sources[s].shards[int(sources[s].locate(i[None])[0][0])]) for s, i in zip(batch.source, batch.ids)]
-    logged = next((line["loss"] for line in read_log(folder.log_file) if line["step"] == step + 1), None)
+    logged = next((line["loss"] for line in read_log(folder.log_file) if line["step"] == step), None)
     return Replayed(step, state.step, batch, shards, state.sample_losses(batch), logged)
 
 

@@ -153,9 +153,9 @@ class _Run:
         try:
             yield
         except NonFiniteError as error:
-            self.log.event("non-finite", step=step)
+            self.log.event("non-finite", step=step + 1)
             raise UserError(
-                f"step {step}: {error}. No weight was touched. `polyview replay {self.folder.path} --step {step}` "
+                f"step {step + 1}: {error}. No weight was touched. `polyview replay {self.folder.path} --step {step + 1}` "
                 f"shows the batch and the loss of each sample; lower optimizer.lr or set optimizer.clip_norm, and the "
                 f"same command resumes from the newest checkpoint"
             ) from None

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from index.errors import BadInput
-from index.search import exact, exact_topk
+from index.search import device, exact, exact_topk
 from index.search.bank import Bank
 from index.search.device import DeviceBank
 
@@ -61,6 +61,7 @@ def test_equal_rows_come_by_lower_id(batch):
 def test_candidates_decide_where_rows_are_not_alike(batch, monkeypatch):
     """No slow float64 pass over all rows, which would hide a wrong candidate kernel."""
     monkeypatch.setattr(exact, "_whole_pass", lambda *_: pytest.fail("the certificate was not met"))
+    monkeypatch.setattr(device, "SCORES", 1)  # several blocks
     queries = rows(batch, seed=1)
     for bank in (BANK, Bank([BANK[:2000], BANK[2000:]]), DeviceBank(torch.from_numpy(BANK))):
         same(exact_topk(queries, bank, 10), brute(queries, BANK, 10))

@@ -396,6 +396,25 @@ def test_closing_frees_a_waiting_consumer(sources, monkeypatch):
     assert not closer.is_alive()
 
 
+def test_closing_at_any_moment_frees_the_consumer(sources):
+    for attempt in range(60):
+        reader, raised = make(sources, batch=4, prefetch=attempt % 3), []
+
+        def consume(reader=reader, raised=raised):
+            try:
+                for _ in reader.stream(0, 10**6):
+                    pass
+            except RuntimeError as error:
+                raised.append(str(error))
+
+        consumer = threading.Thread(target=consume, daemon=True)
+        consumer.start()
+        time.sleep(attempt * 5e-5)
+        reader.close()
+        consumer.join(10)
+        assert raised == ["the reader was closed"]
+
+
 def test_reader_let_go_ends_its_threads(sources):
     reader = make(sources)
     stream = reader.stream(0, 100)
