@@ -107,7 +107,7 @@ def _ours(rank: int, world: int, folder: Path):
     backend = DDP(build_trunk(recipe.model, seed=0), recipe, process)
     replicated = Replicated(joint, recipe.optimizer, process)
     two_stage = TwoStage(backend, joint, accumulation=1, seed=0, rank=rank, group=None)
-    log = RunLog(folder, total_steps=1000, resume_step=0, enabled=rank == 0, tensorboard=False)
+    log = RunLog(folder, total_steps=1000, rank=rank, tensorboard=False)
     flags, data = SharedFlags(("stop",), world), batch(rank)
 
     def loop() -> None:
@@ -117,7 +117,7 @@ def _ours(rank: int, world: int, folder: Path):
             grad_norm = update(backend, replicated, joint, result, step=i, lr=1e-4, clip_norm=None)
             if i == STEPS - 1:
                 line = {"loss": result.loss, **result.figures, "lr": 1e-4, "grad_norm": grad_norm}
-                log.step(i + 1, (i + 1) * 64, 0.0, line)
+                log.step(i + 1, line)
             flags.exchange(set())
 
     return loop

@@ -24,10 +24,10 @@ class Answers:
     size: int  # class numbers are below this
 
     @property
-    def confusion(self) -> np.ndarray:
-        """(size, size) int64: row = right class, column = predicted class."""
-        flat = np.bincount(self.labels * self.size + self.predicted, minlength=self.size**2)
-        return flat.reshape(self.size, self.size)
+    def confusion(self) -> tuple[np.ndarray, np.ndarray]:
+        """The pairs that occur, (n, 2) right class and predicted class in order, and how often, (n,)."""
+        flat, counts = np.unique(self.labels * self.size + self.predicted, return_counts=True)
+        return np.stack(np.divmod(flat, self.size), 1), counts
 
     @property
     def recall(self) -> np.ndarray:

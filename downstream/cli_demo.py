@@ -31,11 +31,11 @@ def run(args: argparse.Namespace) -> int:
 
 def commands(out: Path, steps: int | None) -> list[list[str]]:
     """Every command of the demo, as one would type it; they work the same on photographs and captions of one's own."""
-    train, test, run, collection = (str(out / p) for p in ("data/train", "data/test", "run", "collection"))
+    train, test, run, collection = (str(out / p) for p in ("digits/train", "digits/test", "run", "collection"))
     results = str(out / "results")
     training = ["pretrain", "demo", f"output={run}", f"data.sources.0.shards={train}"]
     return [
-        ["pretrain", "digits", str(out / "data")],
+        ["pretrain", "digits", str(out / "digits")],
         training if steps is None else [*training, f"steps={steps}"],
         ["index", "embed", run, test, "--out", str(out / "embeddings")],
         ["index", "build", collection, "--from", str(out / "embeddings")],
@@ -63,6 +63,6 @@ def commands(out: Path, steps: int | None) -> list[list[str]]:
 
 def _remove_demo(out: Path) -> None:
     # only what a demo made: a folder of someone's own is never emptied
-    for name in ("data", "run", "embeddings", "collection", "results"):
+    for name in ("digits", "run", "embeddings", "collection", "results"):
         if (out / name).is_dir():
             shutil.rmtree(out / name)

@@ -120,10 +120,17 @@ def _gather(
     group: Group,
     dtype: torch.dtype = torch.float32,
 ) -> np.ndarray:
-    """All ranks' batches (rows, width) as (n, width) on every rank, without what fills up the last."""
+    """All ranks' batches (rows, width) as (n, width) on every rank, without what fills up the last.
+
+    Raises:
+        UserError: a number that is not finite, on all ranks alike.
+    """
     device = weights.encoder.device
     local = torch.stack(parts).to(device) if parts else torch.zeros(0, rows, width, dtype=dtype, device=device)
-    return gather_rows(local, -(-n // rows), group).flatten(0, 1)[:n].cpu().numpy()
+    found = gather_rows(local, -(-n // rows), group).flatten(0, 1)[:n].cpu().numpy()
+    if not np.isfinite(found).all():
+        raise UserError(f"{weights.name} gives vectors that are not finite: choose one from before it diverged")
+    return found
 
 
 def _encode(weights: Weights, pixels: list[Tensor | None], output: Output) -> tuple[Tensor, list[bool]]:

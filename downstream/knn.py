@@ -20,7 +20,7 @@ from pretrain.distributed.evaluation import gather_rows, shard_rows
 from pretrain.distributed.groups import Group
 from pretrain.errors import UserError
 
-BLOCK = 1024  # test images scored at once: memory is BLOCK × classes
+VOTES = 2**24  # held at once: 128 MiB
 
 
 class Protocol(NamedTuple):
@@ -72,8 +72,9 @@ def classify(
     """
     k = min(protocol.k, similarity.shape[1])
     ranks, predicted = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for start in range(0, len(labels), BLOCK):
-        rows = slice(start, start + BLOCK)
+    block = max(1, VOTES // max(size, 1))
+    for start in range(0, len(labels), block):
+        rows = slice(start, start + block)
         votes = vote(similarity[rows, :k], neighbours[rows, :k], size, protocol.temperature)
         block_ranks, block_predicted = answer(votes, labels[rows], only_positive=True)
         ranks.append(block_ranks)

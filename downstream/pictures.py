@@ -172,16 +172,19 @@ def labelled_neighbours(
 def confusion(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
     """The matrix (up to 40 classes), the pairs most often mistaken, and each class's recall."""
     present = np.flatnonzero(np.bincount(answers.labels, minlength=answers.size))
-    counts, recall = answers.confusion, answers.recall
+    (pairs, counts), recall = answers.confusion, answers.recall
     shown = np.bincount(answers.labels, minlength=answers.size)
-    wrong = counts.copy()
-    np.fill_diagonal(wrong, 0)
-    worst = [divmod(int(i), answers.size) for i in np.argsort(-wrong, axis=None, kind="stable")[:WORST]]
-    seen = np.flatnonzero(counts.sum(0) + counts.sum(1))
+    wrong = np.where(pairs[:, 0] == pairs[:, 1], 0, counts)
+    worst = [i for i in np.argsort(-wrong, kind="stable")[:WORST] if wrong[i]]
+    seen, place = np.unique(pairs, return_inverse=True)
+    matrix = None
+    if len(seen) <= MOST_CLASSES:
+        matrix = np.zeros((len(seen), len(seen)), np.int64)
+        matrix[tuple(place.reshape(-1, 2).T)] = counts
     return {
         "classes": [names[int(i)] for i in seen],
-        "counts": counts[np.ix_(seen, seen)].tolist() if len(seen) <= MOST_CLASSES else None,
-        "mistakes": [[names[r], names[p], int(wrong[r, p]), int(shown[r])] for r, p in worst if wrong[r, p]],
+        "counts": None if matrix is None else matrix.tolist(),
+        "mistakes": [[names[r], names[p], int(n), int(shown[r])] for (r, p), n in zip(pairs[worst], counts[worst])],
         "recalls": [[names[int(i)], float(recall[i]), int(shown[i])] for i in present],
     }
 

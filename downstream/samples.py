@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.errors import UserError
+from pretrain.samples import IMAGE_EXTENSIONS
 from pretrain.shards.source import Source, open_source
 from pretrain.views.decode import DamagedSample
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
+MOST_CLASSES = 1_000_000  # tables are as wide as the highest class number
 SPLITS = {"train", "test", "val", "valid", "validation", "dev"}
 
 
@@ -53,7 +54,7 @@ class Samples:
     def image(self, sample: int) -> bytes:
         """The image's bytes as stored; DamagedSample where the sample has none."""
         members = self._members(sample)
-        found = next((e for e in IMAGES if e in members), None)
+        found = next((e for e in IMAGE_EXTENSIONS if e in members), None)
         if found is None:
             raise DamagedSample(f"no image: it has {', '.join(sorted(members)) or 'nothing'}")
         return self._read(sample, *members[found])
@@ -72,18 +73,20 @@ class Samples:
         return [line.strip().replace("\\n", "\n") for line in text.split("\n") if line.strip()]
 
     def label(self, sample: int) -> int:
-        """The sample's class number, -1 where it has none; UserError where its `cls` is no number."""
+        """The sample's class number, -1 where it has none; UserError where its `cls` is no such number."""
         members = self._members(sample)
         if "cls" not in members:
             return -1
-        text = self._read(sample, *members["cls"])
-        try:
-            return int(text)
-        except ValueError:
+        text = self._read(sample, *members["cls"]).strip()
+        if text == b"-1":
+            return -1
+        if not text.isdigit() or len(text) > 18 or int(text) >= MOST_CLASSES:
             shown = text[:20].decode("utf-8", "replace")
             raise UserError(
-                f"{self._place(sample)}: its class is {shown!r}, not a number; pack the data again"
-            ) from None
+                f"{self._place(sample)}: its class is {shown!r}, not a number below {MOST_CLASSES:,}; "
+                "pack the data again"
+            )
+        return int(text)
 
     def labels(self, samples: Iterator[int] | range) -> np.ndarray:
         """Class numbers of these samples, (n,) int64."""

@@ -12,16 +12,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
 from torch import Tensor
 
 from downstream.results import UNTRAINED
 from pretrain.checkpoint import find_checkpoint
-from pretrain.encoder import Encoder
-from pretrain.errors import UserError
+from pretrain.encoder import Encoder, stored_model
 from pretrain.models.request import FeatureRequest
 from pretrain.models.trunk import Trunk, build_trunk
-from pretrain.recipe import ModelRecipe
 from pretrain.weights.native import load_trunk
 
 Output = Literal["embedding", "pooled"]
@@ -72,11 +69,7 @@ def open_weights(
         UserError: no whole checkpoint there, or it does not say which model it holds.
     """
     checkpoint = find_checkpoint(path)
-    recipe = checkpoint.meta.get("recipe", {})
-    try:
-        model = ModelRecipe.model_validate(recipe["model"])
-    except (KeyError, TypeError, ValidationError) as error:
-        raise UserError(f"{checkpoint.path} does not say which model it holds (meta recipe.model: {error})") from None
+    model, recipe = stored_model(checkpoint), checkpoint.meta["recipe"]
     trunk = build_trunk(model, seed=recipe.get("seed", 0))
     if not untrained:
         load_trunk(trunk, checkpoint)

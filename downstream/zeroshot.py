@@ -19,18 +19,19 @@ BLOCK = 1024  # images scored at once: memory is BLOCK × classes
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that are not blank.
+    """The lines of a text file; blank ones at its end are none.
 
     Raises:
-        UserError: no such file, not UTF-8, or nothing in it.
+        UserError: no such file, not UTF-8, nothing in it, or a blank line (which class would it be?).
     """
     try:
-        lines = [line.strip() for line in path.read_text("utf-8").split("\n")]
+        lines = [line.strip() for line in path.read_text("utf-8-sig").rstrip().split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    lines = [line for line in lines if line]
-    if not lines:
+    if lines == [""]:
         raise UserError(f"{path}: is empty")
+    if "" in lines:
+        raise UserError(f"{path}: line {lines.index('') + 1} is blank")
     return lines
 
 

@@ -22,9 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the embeddings (one encoder a folder)")
     parser.add_argument("--batch", type=int, default=64, help="images encoded at once (default 64)")
     parser.add_argument("--threads", type=int, default=2, help="decoding threads (default 2)")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--images", action="store_true", help="images only")
-    what.add_argument("--texts", action="store_true", help="refuse an encoder without text tower (default: as it has)")
+    parser.add_argument("--images", action="store_true", help="images only, no captions")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
 
 
@@ -37,8 +35,6 @@ def run(args: argparse.Namespace) -> int:
     if args.batch < 1 or args.threads < 1:
         raise UserError(f"--batch {args.batch} and --threads {args.threads} must be at least 1")
     encoder = load(args.checkpoint, device=args.device)
-    if args.texts and not encoder.has_text:
-        raise UserError(f"{args.checkpoint} has no text tower: leave --texts out")
     tars = list(dict.fromkeys(open_source(args.shards).shards))
     options = Options(args.batch, not args.images, args.threads, str(args.checkpoint.resolve()))
     rank, world = rank_and_world()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,6 @@ def run(args: argparse.Namespace) -> int:
     from index import open_index
     from index.search import show
 
-    logging.getLogger("faiss").setLevel(logging.WARNING)  # it tells which build it loads
     index = open_index(args.collection, version=args.version, encoder=args.encoder)
     if args.encoder is not None:
         index.encoder  # noqa: B018 -- a wrong one is refused even where it is not needed
@@ -44,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if args.html:
         subtitle = f"{args.collection}, version {index.manifest.version}, {len(index)} images"
         thumbs = [index.thumbnail(item["id"]) for item in items]
-        args.html.write_text(show.page(title, subtitle, scores, items, thumbs), encoding="utf-8")
+        args.html.write_text(show.page(title, subtitle, scores, items, thumbs), encoding="utf-8", errors="replace")
         print(f"page: {args.html}")
     return 0
 

@@ -8,9 +8,7 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument(
-        "--step", type=int, required=True, help="the step as the log counts: 1 is the first"
-    )
+    parser.add_argument("--step", type=int, required=True, help="the step as the log counts: 1 is the first")
     parser.add_argument("--out", type=Path, help="page to write (default RUN/replay_STEP.html)")
     parser.add_argument(
         "--advance",

@@ -21,7 +21,7 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
-from pretrain.checkpoint import find_checkpoint
+from pretrain.checkpoint import Checkpoint, find_checkpoint
 from pretrain.errors import UserError
 from pretrain.models.request import FeatureRequest
 from pretrain.models.trunk import Trunk, build_trunk
@@ -105,10 +105,12 @@ class Encoder:
         """(B, dim) float32, unit rows. Texts longer than the tower's context are cut.
 
         Raises:
-            UserError: the encoder has no text tower, or `texts` is a single string.
+            UserError: the encoder has no text tower, or `texts` is no list of strings.
         """
         if isinstance(texts, str):
             raise UserError("encode_text takes a list of texts; put the one text into a list")
+        if wrong := {type(text).__name__ for text in texts if not isinstance(text, str)}:
+            raise UserError(f"encode_text takes a list of texts; given {', '.join(sorted(wrong))}")
         tokens = (self._tokenizer(texts[i : i + batch_size]) for i in range(0, len(texts), batch_size))
         return self._encode(TEXT, tokens, len(texts))
 
@@ -159,13 +161,18 @@ def load(path: str | Path, device: str | torch.device = "auto", precision: Liter
         UserError: there is no whole checkpoint, or its tensors are not those of the model its recipe names.
     """
     checkpoint = find_checkpoint(path)
-    try:
-        model = ModelRecipe.model_validate(checkpoint.meta["recipe"]["model"])
-    except (KeyError, TypeError, ValidationError) as error:
-        raise UserError(f"{checkpoint.path} does not say which model it holds (meta recipe.model: {error})") from None
+    model = stored_model(checkpoint)
     trunk = build_trunk(model, seed=0)
     load_trunk(trunk, checkpoint)
     return Encoder(trunk, model, device=device, precision=precision)
+
+
+def stored_model(checkpoint: Checkpoint) -> ModelRecipe:
+    """The model a checkpoint is of; UserError where it does not say so."""
+    try:
+        return ModelRecipe.model_validate(checkpoint.meta["recipe"]["model"])
+    except (KeyError, TypeError, ValidationError) as error:
+        raise UserError(f"{checkpoint.path} does not say which model it holds (meta recipe.model: {error})") from None
 
 
 def _pixels(image: ImageLike) -> np.ndarray:
@@ -189,11 +196,14 @@ def _pixels(image: ImageLike) -> np.ndarray:
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from None
 
 
 def _device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # no such device, no driver, torch without CUDA
+        raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None

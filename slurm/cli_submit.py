@@ -16,10 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--partition", help="Slurm partition")
     parser.add_argument("--account", help="Slurm account")
     parser.add_argument("--local", action="store_true", help="run the very same job on this machine, without Slurm")
-    parser.add_argument("--wait", action="store_true", help="wait for the job and give its exit code")
+    parser.add_argument("--wait", action="store_true", help="wait for the job; exit code 2 when it failed")
 
 
 def run(args: argparse.Namespace) -> int:
+    from pretrain.errors import UserError
     from pretrain.recipe import load_recipe
     from slurm.submit import Resources, submit
 
@@ -35,4 +36,6 @@ def run(args: argparse.Namespace) -> int:
     )
     job = submit(recipe, resources, cluster="local" if args.local else "slurm")
     print(f"job {job.job_id}: {recipe.name} on {args.nodes} x {args.ranks_per_node} ranks; logs in {job.paths.folder}")
-    return 0 if not args.wait else max(job.results())
+    if args.wait and job.exception():
+        raise UserError(f"job {job.job_id} failed: see {job.paths.folder}/{job.job_id}_*_log.err")
+    return 0

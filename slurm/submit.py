@@ -35,11 +35,12 @@ class TrainJob:
     def __init__(self, recipe_file: str) -> None:
         self.recipe_file = recipe_file
 
-    def __call__(self) -> int:
+    def __call__(self) -> None:
         from pretrain.__main__ import main
 
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
-        return main(["train", self.recipe_file])
+        if code := main(["train", self.recipe_file]):
+            raise RuntimeError(f"training ended with exit code {code}: why stands above")  # so the job counts as failed
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Called by submitit before the time limit: the same job again, which resumes."""
@@ -52,12 +53,16 @@ def submit(recipe: Recipe, resources: Resources, *, cluster: str) -> submitit.Jo
     Raises:
         UserError: the world does not fit the recipe, or there is no Slurm here.
     """
+    if resources.world < 1:
+        raise UserError(f"--nodes {resources.nodes} x --ranks-per-node {resources.ranks_per_node} is no rank at all")
     if recipe.world not in (None, resources.world):
         raise UserError(f"the recipe needs world {recipe.world}; --nodes x --ranks-per-node is {resources.world}")
     try:
         check_split(recipe.global_batch, resources.world, recipe.accumulation)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if cluster == "local" and resources.nodes > 1:
+        raise UserError(f"--local is this machine alone: --nodes 1 --ranks-per-node {resources.world}")
     if cluster == "slurm" and shutil.which("sbatch") is None:
         raise UserError("no sbatch on this machine: log in to the cluster, or use --local")
     folder = recipe.output.absolute() / "slurm"

@@ -1,4 +1,4 @@
-"""Search on arrays first (`exact_topk`), on published collections second (`index.search.searcher`)."""
+"""Search on arrays first (`exact_topk`), on published collections second (`index.search.opened`)."""
 
 from index.search.exact import exact_topk
 

@@ -25,6 +25,7 @@ from index.store.segment import Segment
 from pretrain.encoder import Encoder
 from pretrain.encoder import load as load_encoder
 from pretrain.errors import UserError
+from pretrain.views.decode import DamagedSample
 
 IN_MEMORY = 2**30  # bytes of float32 rows
 
@@ -110,7 +111,10 @@ class Index:
 
     def rows_of(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Row of each id in the version; UserError for an id that is not in it."""
-        asked = np.asarray(ids, np.int64).reshape(-1)
+        try:
+            asked = np.asarray(ids, np.int64).reshape(-1)
+        except OverflowError:
+            raise BadInput(f"ids are 64-bit integers, given {ids!r}") from None
         places = np.searchsorted(self._ids, asked, sorter=self._by_id)
         rows = self._by_id[np.minimum(places, len(self) - 1)] if len(self) else places
         wrong = asked[self._ids[rows] != asked] if len(self) else asked
@@ -164,7 +168,10 @@ class Index:
             return self.encoder.encode_text(list(queries))
         if all(isinstance(q, int | float | np.floating) for q in queries):
             return _unit_rows(np.asarray(queries, np.float32), self.manifest.dim)
-        return self.encoder.encode_image(list(queries))
+        try:
+            return self.encoder.encode_image(list(queries))
+        except DamagedSample as damage:
+            raise BadInput(f"queries: {damage.reason}") from None
 
 
 def _unit_rows(vectors: np.ndarray, dim: int) -> np.ndarray:

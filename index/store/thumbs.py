@@ -50,7 +50,3 @@ class Thumbs:
         with open(self._bytes, "rb") as file:
             file.seek(start)
             return file.read(stop - start)
-
-    def read_all(self) -> list[bytes]:
-        data = self._bytes.read_bytes()
-        return [data[a:b] for a, b in zip(self._offsets[:-1].tolist(), self._offsets[1:].tolist())]

@@ -7,6 +7,7 @@ passes before the first real step. Buffer broadcast is off: it would overwrite w
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +26,8 @@ from pretrain.objectives.base import at_least_fp32
 from pretrain.optim.adamw import build_adamw, set_lr
 from pretrain.recipe import Recipe
 from pretrain.weights.native import load_trunk
+
+log = logging.getLogger(__name__)
 
 
 class DDP:
@@ -51,12 +54,17 @@ class DDP:
         torch.autograd.backward(features, gradients)
 
     def warm_up(self, inputs: Inputs) -> None:
-        """Two passes with zero gradients; weights, BatchNorm statistics and generators are as before."""
+        """Two passes with zero gradients; weights, BatchNorm statistics and generators are as before.
+
+        Before them, parameters that no request reaches (a text tower, where no objective reads texts) are frozen:
+        DDP would wait for their gradients for ever.
+        """
         if self._process.world == 1:
             return
         buffers = {name: b.clone() for name, b in self.trunk.named_buffers()}
         devices = [self._process.device] if self._process.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
+            self._freeze_unreached(inputs)
             for _ in range(2):
                 features = list(self.forward(inputs).values())
                 self.backward(features, [torch.zeros_like(f) for f in features])
@@ -64,6 +72,20 @@ class DDP:
         with torch.no_grad():
             for name, b in self.trunk.named_buffers():
                 b.copy_(buffers[name])
+
+    def _freeze_unreached(self, inputs: Inputs) -> None:
+        with self.micro_step(last=False):
+            features = list(self.forward(inputs).values())
+            zeros = [torch.zeros_like(f) for f in features]
+            found = torch.autograd.grad(features, self.parameters(), zeros, allow_unused=True)
+        unreached = [p for p, gradient in zip(self.parameters(), found) if gradient is None]
+        if not unreached:
+            return
+        if self._process.first:
+            log.warning(f"{len(unreached)} tensors of the trunk are not trained: no objective reaches them")
+        for p in unreached:
+            p.requires_grad_(False)
+        self._wrapped = _wrap(self.trunk, self._process.device)
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.trunk.parameters() if p.requires_grad]

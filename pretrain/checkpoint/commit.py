@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def purge(root: Path, committed: int, keep_last: int | None, keep_every: int | N
         return
     folders = {step: path for step, path in step_dirs(root).items() if step <= committed}
     folders = {step: path for step, path in folders.items() if (path / MANIFEST).exists()}
-    recent = [step for step, path in folders.items() if _is_whole(path)][:keep_last]
+    recent = list(islice((step for step, path in folders.items() if _is_whole(path)), keep_last))
     for step, path in folders.items():
         if recent and step < recent[-1] and not (keep_every and step % keep_every == 0):
             _remove(path)

@@ -114,6 +114,15 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise error
 
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Give the save going on up to `timeout_s` seconds to become whole; raises nothing.
+
+        For a process that ends, of an error too: its threads end with it, and the save with them. The time is
+        short because a commit never comes where another rank has died.
+        """
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
     def _start(self, work: Any, name: str) -> None:
         # a daemon: a process that dies of another error must not stay for a commit that cannot come
         self._thread = threading.Thread(target=self._guard, args=(work,), name=f"checkpoint-{name}", daemon=True)

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from pretrain.errors import UserError
 
 TIMEOUT = datetime.timedelta(minutes=10)
+_LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+"""How gloo and NCCL say that a process at the other end is gone."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,11 @@ def check_accelerate(precision: str) -> None:
 
 @contextmanager
 def process_group() -> Iterator[Process]:
-    """This process in its group (NCCL on GPUs, gloo else); the group is closed at the end."""
+    """This process in its group (NCCL on GPUs, gloo else); the group is closed at the end.
+
+    Raises:
+        UserError: in a collective, because another rank is gone.
+    """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")
@@ -75,6 +81,10 @@ def process_group() -> Iterator[Process]:
         dist.init_process_group(backend, rank=rank, world_size=world, timeout=TIMEOUT)
     try:
         yield Process(rank, world, local_rank, device)
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _LOST):
+            raise
+        raise UserError(f"rank {rank} lost another rank, which ended first: its own message says why") from None
     finally:
         if world > 1:
             dist.destroy_process_group()

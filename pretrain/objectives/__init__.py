@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pretrain.errors import UserError
 from pretrain.objectives.base import Objective
 
-_NOT_OBJECTIVES = {"base", "functional", "joint", "tiles"}
+_NOT_OBJECTIVES = {"base", "contrastive", "functional", "joint", "ranks", "tiles"}
 
 
 def build(wanted: dict[str, float | dict[str, Any]]) -> dict[str, Objective]:

@@ -26,6 +26,8 @@ class Ref:
     size: int | None = None  # None: to the file's end
 
     def read(self) -> bytes:
+        if self.path.exists() and not self.path.is_file():
+            raise OSError(f"{self.path} is no file")  # a pipe or /dev/zero would be read for ever
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             return file.read(-1 if self.size is None else self.size)

@@ -14,7 +14,6 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
@@ -25,6 +24,10 @@ from pretrain.shards.grouping import Parts, Problem, Samples, group
 from pretrain.shards.tarwalk import Gap, walk
 
 INDEX_VERSION = 1
+KINDS = {
+    "key_bytes": np.uint8, "key_ends": np.int64, "first": np.int64, "offset": np.int64, "size": np.int64,
+    "extension": np.uint16, "extensions": np.uint8, "problems": np.uint8,
+}  # fmt: skip
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -111,14 +114,6 @@ def load_index(tar: Path | str) -> ShardIndex:
 def build_index(tar: Path | str) -> ShardIndex:
     """The index made from the tar's headers now; no sidecar is read or written."""
     return ShardIndex(Path(tar), _arrays(Path(tar), _stamp(Path(tar))))
-
-
-def load_indexes(tars: Sequence[Path], threads: int = 8) -> list[ShardIndex]:
-    """`load_index` of many shards at once: threads, since slow storage is what one waits for."""
-    if len(tars) < 2:
-        return [load_index(tar) for tar in tars]
-    with ThreadPoolExecutor(min(threads, len(tars))) as pool:
-        return list(pool.map(load_index, tars))
 
 
 def index_length(tar: Path) -> int:
@@ -221,10 +216,24 @@ def _read(sidecar: Path, stamp: np.ndarray, only: Sequence[str] | None = None) -
 
 def _fits(arrays: dict[str, np.ndarray], length: int) -> bool:
     """Whether every place lies inside the tar: a sidecar from elsewhere is not believed blindly."""
-    ends = arrays["offset"] + arrays["size"]
-    counts = arrays["first"]
-    inside = ends.size == 0 or (arrays["offset"].min() >= 0 and arrays["size"].min() >= 0 and ends.max() <= length)
-    return bool(inside and counts[0] == 0 and counts[-1] == ends.size and len(arrays["key_ends"]) == len(counts) - 1)
+    if any(arrays[name].dtype != kind or arrays[name].ndim != 1 for name, kind in KINDS.items()):
+        return False
+    first, ends, offset, size = (arrays[name] for name in ("first", "key_ends", "offset", "size"))
+    kinds = len(_strings(arrays["extensions"]))
+    return bool(
+        len(ends) == len(first) - 1
+        and first[0] == 0
+        and _rises(first, to=len(offset))
+        and _rises(ends, to=len(arrays["key_bytes"]))
+        and len(offset) == len(size) == len(arrays["extension"])
+        and ((offset >= 0) & (size >= 0) & (size <= length) & (offset <= length - size)).all()
+        and (arrays["extension"] < kinds).all()
+    )
+
+
+def _rises(edges: np.ndarray, to: int) -> bool:
+    """Whether edges go from 0 or more up to exactly `to`, never back."""
+    return bool((np.diff(edges, prepend=0, append=to) >= 0).all() and (edges[-1] if len(edges) else 0) == to)
 
 
 def _write(sidecar: Path, arrays: dict[str, np.ndarray]) -> bool:

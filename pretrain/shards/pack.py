@@ -264,7 +264,8 @@ class _Writer:
         self._close()
         indexes = [(path.name, load_index(path)) for path in self.paths]
         if self.listing.classnames:
-            (self.folder / "classnames.txt").write_text("\n".join(self.listing.classnames) + "\n")
+            lines = [" ".join(name.split()) or "_" for name in self.listing.classnames]  # a line a label, none blank
+            (self.folder / "classnames.txt").write_text("\n".join(lines) + "\n")
         (self.folder / "nshards.txt").write_text(f"{len(self.paths)}\n")
         extra = {
             "format": self.listing.format,

@@ -19,6 +19,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -66,10 +67,7 @@ class RunLog:
         now = time.time()
         self._append({"step": step, "time": now, **plain})
         self._progress.update(step, plain)
-        if self._board is not None:
-            for name, value in plain.items():
-                if name not in NOT_PLOTTED and isinstance(value, (int, float)):
-                    self._board.add_scalar(name, value, step, walltime=now)
+        self._plot(step, plain, now)
 
     def event(self, event: str, **fields: Any) -> None:
         """Log that something happened; an event "save" with its step shows in the progress line too."""
@@ -86,13 +84,25 @@ class RunLog:
         self._progress.close()
         os.close(self._fd)
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):  # the disk is full: the same numbers are in the log
+                self._board.close()
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _plot(self, step: int, plain: Mapping[str, Any], now: float) -> None:
+        if self._board is None:
+            return
+        try:
+            for name, value in plain.items():
+                if name not in NOT_PLOTTED and isinstance(value, (int, float)):
+                    self._board.add_scalar(name, value, step, walltime=now)
+        except OSError as e:  # its writing thread met a full disk, and takes nothing any more
+            log.warning("%s: TensorBoard gets no more until the next start (%s)", self.path.parent, e.strerror)
+            self._board = None
 
     def _append(self, record: dict[str, Any]) -> None:
         broken = [name for name, value in record.items() if _finite(value) != value]

@@ -22,6 +22,7 @@ from pretrain.views.spec import ImageView
 
 TRIES = 10
 UNIFORMS = 2 * TRIES + 3  # (area, ratio) of every try, then top, left, flip
+LONGEST = 32  # short sides: 1 x 50,000 pixels at 224 would be 7 GiB, all but 224 x 224 of it cut away again
 
 
 class Box(NamedTuple):
@@ -71,9 +72,14 @@ def random_resized_crop(image: np.ndarray, view: ImageView, u: np.ndarray) -> to
 
 
 def eval_crop(image: np.ndarray, size: int) -> torch.Tensor:
-    """open_clip's evaluation view: shortest side to `size`, centre crop; contiguous uint8 (3, S, S)."""
+    """open_clip's evaluation view: shortest side to `size`, centre crop; contiguous uint8 (3, S, S).
+
+    Of an image more than 32 times as long as wide only the middle is resized.
+    """
+    short = min(image.shape[:2])
+    top, left = (max(0, side - LONGEST * short) // 2 for side in image.shape[:2])
+    image = image[top : top + LONGEST * short, left : left + LONGEST * short]
     height, width, _ = image.shape
-    short = min(height, width)
     resized = _resize(image, int(size * height / short), int(size * width / short))
     top, left = round((resized.shape[1] - size) / 2), round((resized.shape[2] - size) / 2)
     return resized[:, top : top + size, left : left + size].contiguous()

@@ -3,9 +3,9 @@
 Token for token the same as `open_clip.tokenizer.SimpleTokenizer` (Radford et al. 2021), which keeps every
 word it ever saw: on a web-scale run that cache only grows. Here the words and the captions are kept in
 bounded LRU caches (captions as two bytes a token), plain ASCII skips ftfy (which leaves such text as it is),
-and
-of open_clip only the vocabulary file is read (importing it costs a third of a second). No decoding back to
-text, no other vocabulary.
+and of open_clip only the vocabulary file is read (importing it costs a third of a second). A word is read up
+to its 4,096th byte, since merging costs the square of its length. No decoding back to text, no other
+vocabulary.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from pretrain.errors import UserError
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 VOCAB_SIZE = 49408
 START, END = VOCAB_SIZE - 2, VOCAB_SIZE - 1
+LONGEST_WORD = 4096  # bytes: half a second of merging at the most
 _RULES = "clean=ftfy,html,whitespace,lower;truncate=eot-last;1"  # raised when the tokens of any text change
 _SPECIAL = {"<start_of_text>": START, "<end_of_text>": END}
 _WORDS = regex.compile(
@@ -81,7 +82,7 @@ class ClipTokenizer:
     def _encode_word(self, word: str) -> array:
         if word in _SPECIAL:
             return array("H", [_SPECIAL[word]])
-        letters = [self._letters[byte] for byte in word.encode("utf-8")]
+        letters = [self._letters[byte] for byte in word.encode("utf-8")[:LONGEST_WORD]]
         letters[-1] += "</w>"
         return array("H", [self._ids[piece] for piece in self._merge(letters)])
 
@@ -98,19 +99,10 @@ class ClipTokenizer:
         return self._ranks.get(pair, VOCAB_SIZE)
 
 
-def trim(tokens: torch.Tensor) -> torch.Tensor:
-    """(B, context) tokens cut to the longest caption of the batch, its end token included.
-
-    Exact for a causal text tower pooled at the end token, which has the highest id of the vocabulary.
-    """
-    if tokens.shape[0] == 0:
-        return tokens
-    return tokens[:, : int(tokens.argmax(dim=1).max()) + 1]
-
-
 def clean(text: str) -> str:
-    """Mojibake and HTML entities repaired, white space collapsed, lower case."""
+    """Mojibake and HTML entities repaired, white space collapsed, lower case; half a surrogate pair is a `?`."""
     if not (text.isascii() and text.isprintable() and "&" not in text):
+        text = text.encode("utf-8", "replace").decode("utf-8")
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from downstream.__main__ import main
 from downstream.evaluate import evaluate_knn, evaluate_retrieval, evaluate_zeroshot
@@ -125,6 +126,7 @@ def test_nothing_usable_is_said_clearly(world: Path, tmp_path: Path) -> None:
     no_text = Samples(str(write_tar(tmp_path / "a/0.tar", [{"png": picture(0)}])))
     no_image = Samples(str(write_tar(tmp_path / "b/0.tar", [{"txt": b"x"}])))
     bad_class = Samples(str(write_tar(tmp_path / "c/0.tar", [{"png": picture(0), "cls": b"dog"}])))
+    huge_class = Samples(str(write_tar(tmp_path / "e/0.tar", [{"png": picture(0), "cls": b"999999999"}])))
     high_class = Samples(str(write_tar(tmp_path / "d/0.tar", [{"png": picture(0), "cls": b"7"}])))
     encoder = weights(world)
     with pytest.raises(UserError, match="has a caption"):
@@ -135,8 +137,14 @@ def test_nothing_usable_is_said_clearly(world: Path, tmp_path: Path) -> None:
         evaluate_knn(encoder, no_text, high_class)
     with pytest.raises(UserError, match=r"0\.tar: k000: its class is 'dog'"):
         evaluate_knn(encoder, bad_class, bad_class)
+    with pytest.raises(UserError, match="not a number below 1,000,000"):
+        evaluate_knn(encoder, huge_class, huge_class)
     with pytest.raises(UserError, match="k000 is of class 7, but there are 2 class names"):
         evaluate_zeroshot(encoder, high_class, ["a", "b"], ["{c}"])
+    diverged = weights(world)
+    torch.nn.init.constant_(diverged.trunk.image.projection.weight, torch.nan)
+    with pytest.raises(UserError, match="not finite"):
+        evaluate_retrieval(diverged, Samples(str(world / "data/test")))
     image_only = write_run(tmp_path / "image-only", text=None)
     with pytest.raises(UserError, match="no text tower"):
         evaluate_retrieval(open_weights(image_only, untrained=False), Samples(str(world / "data/test")))

@@ -46,7 +46,10 @@ def test_answers_are_those_of_scikit_learn(protocol: Protocol) -> None:
     ranks = 1 + np.argmax(order == labels[:, None], axis=1)
     assert metrics(found)["acc5"] == pytest.approx((ranks <= 5).mean(), abs=1e-12)
     assert metrics(found)["mean_per_class_recall"] == pytest.approx(balanced_accuracy_score(labels, found.predicted))
-    assert np.array_equal(found.confusion, confusion_matrix(labels, found.predicted, labels=range(7)))
+    pairs, counts = found.confusion
+    whole = np.zeros((7, 7), int)
+    whole[tuple(pairs.T)] = counts
+    assert np.array_equal(whole, confusion_matrix(labels, found.predicted, labels=range(7)))
 
 
 def test_of_equal_votes_the_lower_class_wins() -> None:

@@ -71,10 +71,11 @@ def test_class_names_may_hold_anything() -> None:
 
 
 def test_files_of_lines(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("one\r\n\ntwo \n", "utf-8")
+    (tmp_path / "a.txt").write_text("\ufeffone\r\ntwo \n\n", "utf-8")
     assert zeroshot.read_lines(tmp_path / "a.txt") == ["one", "two"]
     (tmp_path / "b.txt").write_text("\n")
     (tmp_path / "c.txt").write_bytes(b"\xff\xfe")
-    for name in ("b.txt", "c.txt", "none.txt"):
+    (tmp_path / "d.txt").write_text("one\n\ntwo\n")  # would move every class after it
+    for name in ("b.txt", "c.txt", "d.txt", "none.txt"):
         with pytest.raises(UserError, match=name):
             zeroshot.read_lines(tmp_path / name)

@@ -126,6 +126,7 @@ def test_wrong_filters_are_refused(index, wanted, says):
         (np.ones((1, 8), np.int64), 3, "float vectors"),
         (np.ones((1, 8), np.float32), 0, "k must be"),
         ([], 3, "empty list"),
+        (b"no picture", 3, "not an image"),
     ],
 )
 def test_wrong_queries_are_refused(index, query, k, says):
@@ -139,6 +140,8 @@ def test_unknown_ids_and_keys(index):
             index.items([id])
     with pytest.raises(UserError, match="no image with key 'nobody'"):
         index.id_of_key("nobody")
+    with pytest.raises(BadInput, match="64-bit"):
+        index.items([10**20])
 
 
 def test_the_encoder_is_found_again(published, run):

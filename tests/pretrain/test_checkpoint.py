@@ -24,6 +24,7 @@ from pretrain.checkpoint import (
     CheckpointError,
     CheckpointWriter,
     Fragment,
+    commit,
     find_latest,
     open_checkpoint,
     slice_for_rank,
@@ -183,6 +184,21 @@ def test_a_second_save_waits_for_the_first(tmp_path: Path) -> None:
     one.save(2, slice_for_rank(state, 1, 2), {})
     zero.wait()
     assert zero.committed == 2
+
+
+def test_closing_lets_the_save_going_on_become_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that ends just after a save ends its thread too."""
+    writer = CheckpointWriter(tmp_path, attempt="a")
+    monkeypatch.setattr(os, "fsync", lambda _: time.sleep(0.1))
+    writer.save(1, slice_for_rank(make_state(), 0, 1), {})
+    writer.close()
+    assert find_latest(tmp_path).step == 1
+
+    alone = CheckpointWriter(tmp_path, world=2, attempt="b")
+    alone.save(2, slice_for_rank(make_state(), 0, 2), {})
+    begin = time.monotonic()
+    alone.close(timeout_s=0.2)  # the other rank is dead
+    assert time.monotonic() - begin < 5
 
 
 def test_missing_ranks_are_named(tmp_path: Path) -> None:
@@ -464,6 +480,16 @@ def test_purge_keeps_the_last_and_the_marked(tmp_path: Path) -> None:
     assert steps(tmp_path) == [30, 60, 70]
     save(tmp_path, 80, {"x": torch.tensor(80)}, keep_last=None)
     assert steps(tmp_path) == [30, 60, 70, 80]
+
+
+def test_purge_reads_no_more_than_it_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long run has hundreds of marked checkpoints."""
+    for step in range(1, 8):
+        save(tmp_path, step, {"x": torch.tensor(step)}, keep_last=2, keep_every=1)
+    looked_at = []
+    monkeypatch.setattr(commit, "_is_whole", lambda path: looked_at.append(path) or True)
+    commit.purge(tmp_path, 7, keep_last=2, keep_every=1)
+    assert len(looked_at) == 2
 
 
 def test_purge_counts_only_whole_ones(tmp_path: Path) -> None:

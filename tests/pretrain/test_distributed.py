@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from pretrain.distributed.collectives import (
     row_counts,
 )
 from pretrain.distributed.evaluation import gather_rows, shard_rows
+from pretrain.distributed.flags import SharedFlags
 from pretrain.distributed.groups import LOCAL, resolve
 from pretrain.distributed.syncbn import SyncBatchNorm, convert, frozen_statistics
 from tests.ranks import run_ranks
@@ -24,6 +27,45 @@ from tests.ranks import run_ranks
 
 def rows_of(rank: int, n: int) -> torch.Tensor:
     return 100 * rank + torch.arange(2 * n, dtype=torch.float64).view(n, 2)
+
+
+# ----------------------------------------------------------------------------- flags, a lost rank
+
+
+def flags(rank: int, world: int):
+    shared = SharedFlags(("stop", "other"), world)
+    return [sorted(shared.exchange({"stop"} if rank == 1 and step >= 2 else set())) for step in range(5)]
+
+
+def test_a_flag_of_one_rank_reaches_all_at_the_same_step():
+    assert run_ranks(flags, 3) == [[[], [], [], ["stop"], ["stop"]]] * 3
+    alone = SharedFlags(("stop",), 1)
+    assert [alone.exchange({"stop"}), alone.exchange(set()), alone.exchange(set())] == [set(), {"stop"}, set()]
+
+
+LEFT_ALONE = """
+import torch, torch.distributed as dist
+from pretrain.distributed.process import process_group
+from pretrain.errors import UserError
+try:
+    with process_group() as process:
+        dist.barrier()
+        if process.rank == 1:
+            raise UserError("the disk is full")
+        dist.all_reduce(torch.ones(1))
+except UserError as error:
+    raise SystemExit(f"rank {process.rank}: {error}")
+"""
+
+
+def test_a_rank_left_alone_says_so_in_a_line():
+    launch = "import sys; from pretrain.launch import run_world; sys.exit(run_world(2, sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", launch, "-c", LEFT_ALONE], capture_output=True, text=True)
+    assert done.returncode == 1
+    told = done.stderr
+    assert "rank 0: rank 0 lost another rank" in told
+    assert "rank 1: the disk is full" in told
+    assert "Traceback" not in told
 
 
 # ----------------------------------------------------------------------------- groups and collectives

@@ -99,6 +99,10 @@ def test_what_is_no_list_of_images_or_texts_is_refused() -> None:
             encoder.encode_image(wrong)
     with pytest.raises(UserError, match="list of texts"):
         encoder.encode_text("a dog")
+    with pytest.raises(UserError, match="given NoneType, int"):
+        encoder.encode_text(["a dog", 3, None])
+    with pytest.raises(UserError, match="device 'no' cannot be used"):
+        Encoder(build_trunk(MODEL, seed=0), MODEL, device="no")
 
 
 def test_an_image_only_encoder_says_so() -> None:

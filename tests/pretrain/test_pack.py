@@ -80,6 +80,12 @@ def test_a_folder_of_classes(tmp_path: Path) -> None:
     assert found["zebra-1"]["jpg"] == (tmp_path / "in" / "zebra" / "1.jpg").read_bytes()
 
 
+def test_a_class_is_a_line_whatever_its_folder_is_called(tmp_path: Path) -> None:
+    photos(tmp_path / "in", [f"{name}/0.jpg" for name in ("a\nb", " ", "c")])
+    assert run("pack", tmp_path / "in", "--out", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "classnames.txt").read_text() == "_\na b\nc\n"
+
+
 def test_a_flat_folder_and_flat_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos(tmp_path / "in", ["1.jpg", "2.jpg"])
     assert run("pack", tmp_path / "in", "--out", tmp_path / "out") == 0
@@ -154,6 +160,13 @@ def test_bad_images_are_skipped_by_name_and_reason(tmp_path: Path) -> None:
         "not an image by its name": ["notes.doc"],
         "image bomb": ["bomb.png"],
     }
+
+
+def test_a_pipe_is_skipped_and_not_waited_for(tmp_path: Path) -> None:
+    photos(tmp_path / "in", ["a.jpg"])
+    os.mkfifo(tmp_path / "in" / "b.jpg")
+    assert run("pack", tmp_path / "in", "--out", tmp_path / "out") == 0
+    assert skipped(tmp_path / "out") == {"unreadable file": ["b.jpg"]}
 
 
 def test_damage_behind_the_header_is_found_by_decoding(tmp_path: Path) -> None:

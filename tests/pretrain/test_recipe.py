@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pretrain.errors import UserError
+from pretrain.objectives import build, known
 from pretrain.recipe import dump_recipe, load_recipe, parse_recipe, shipped_recipes
 
 MINIMAL = {"name": "t", "output": "runs/t", "steps": 10, "global_batch": 8, "data": {"sources": ["a"]}}
@@ -14,6 +15,13 @@ def refused(**changes) -> str:
     with pytest.raises(UserError) as error:
         parse_recipe(MINIMAL | changes, "t.yaml")
     return str(error.value)
+
+
+def test_known_objectives_are_objectives():
+    for name in known():
+        assert build({name: 1.0})
+    with pytest.raises(UserError, match="no objective 'contrastive'"):
+        build({"contrastive": 1.0})
 
 
 def test_a_bare_path_is_a_source():

@@ -306,9 +306,19 @@ def test_torn_or_foreign_sidecars_are_made_anew(tmp_path: Path) -> None:
         assert load_index(path).keys == keys
     with np.load(sidecar, allow_pickle=False) as stored:
         arrays = dict(stored)
-    arrays["offset"] = arrays["offset"] + (1 << 40)  # points outside the tar
-    np.savez(sidecar, **arrays)
-    assert load_index(path).members(0)["jpg"][0] == BLOCK
+    for name, foreign in (
+        ("offset", arrays["offset"] + (1 << 40)),  # outside the tar
+        ("size", np.full_like(arrays["size"], 2**63 - 1)),
+        ("size", arrays["size"].astype(float)),
+        ("extension", arrays["extension"] + 99),
+        ("extension", arrays["extension"][:3]),
+        ("first", arrays["first"][::-1]),
+        ("key_ends", arrays["key_ends"] * 1000),
+    ):
+        np.savez(sidecar, **arrays | {name: foreign})
+        found = load_index(path)
+        assert found.members(0)["jpg"][0] == BLOCK
+        assert found.keys == keys
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +19,7 @@ from pretrain.objectives import build
 from pretrain.objectives.joint import Joint
 from pretrain.reader import Batch
 from pretrain.recipe import Recipe, parse_recipe
-from pretrain.step import TwoStage
+from pretrain.step import NonFiniteError, TwoStage, update
 from tests.ranks import run_ranks
 from tests.tiny import RESNET, VIT, recipe_data
 
@@ -105,6 +108,67 @@ def test_every_gradient_equals_the_dense_formula(world):
             assert (found[name] - gradient).abs().max() / scale < 1e-10, name
 
 
+def test_an_update_clips_the_joint_norm_and_keeps_the_temperature_in_bounds():
+    for bound in (None, 1e-3):
+        backend, replicated, joint, result = one_step()
+        parameters = backend.parameters() + replicated.parameters()
+        joint.by_name["clip"].logit_scale.data.fill_(4.9)  # beyond log 100
+        norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
+        kept = {p: p.grad for p in parameters if p.grad is not None}
+        told = update(backend, replicated, joint, result, step=0, lr=1e-3, clip_norm=bound)
+        assert told == pytest.approx(norm.item())
+        after = torch.linalg.vector_norm(torch.cat([g.flatten() for g in kept.values()]))
+        assert after == pytest.approx(bound or norm.item(), rel=1e-3)
+        assert joint.by_name["clip"].logit_scale.item() == pytest.approx(math.log(100))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_touches_no_weight(where):
+    backend, replicated, joint, result = one_step()
+    parameters = backend.parameters() + replicated.parameters()
+    before = [p.detach().clone() for p in parameters]
+    if where == "loss":
+        result.loss.fill_(torch.nan)
+    else:
+        parameters[3].grad.view(-1)[0] = torch.inf
+    with pytest.raises(NonFiniteError):
+        update(backend, replicated, joint, result, step=0, lr=1e-3, clip_norm=1.0)
+    assert all(torch.equal(p, b) for p, b in zip(parameters, before))
+
+
+def test_an_update_is_the_same_on_all_ranks():
+    assert len({tuple(figures) for figures in run_ranks(temperature_and_norm, 2)}) == 1
+
+
+def temperature_and_norm(rank: int, world: int) -> list[float]:
+    backend, replicated, joint, result = one_step(rank, world)
+    norm = update(backend, replicated, joint, result, step=0, lr=1e-3, clip_norm=None)
+    return [joint.by_name["clip"].logit_scale.item(), norm.item()]
+
+
+def one_step(rank: int = 0, world: int = 1):
+    r, rows = recipe(VIT, 1), ROWS // world
+    process = Process(rank, world, 0, torch.device("cpu"))
+    backend, joint = DDP(build_trunk(r.model, seed=1), r, process), Joint(build(r.objectives))
+    replicated = Replicated(joint, r.optimizer, process)
+    two_stage = TwoStage(backend, joint, accumulation=1, seed=0, rank=rank, group=None)
+    result = two_stage(global_batch(r.model.image_size).rows(rank * rows, (rank + 1) * rows))
+    return backend, replicated, joint, result
+
+
+def test_draws_differ_by_step_rank_and_micro_batch():
+    r = recipe(VIT | {"image_kwargs": VIT["image_kwargs"] | {"proj_drop_rate": 0.5}}, 1)
+    backend = DDP(build_trunk(r.model, seed=1), r, Process(0, 1, 0, torch.device("cpu")))
+    joint, batch = Joint(build(r.objectives)), global_batch(r.model.image_size)
+
+    def draw(step: int, rank: int, micro: int) -> tuple:
+        two_stage = TwoStage(backend, joint, accumulation=1, seed=0, rank=rank, group=None)
+        return tuple(two_stage.features(replace(batch, step=step), micro)[IMAGE].flatten().tolist())
+
+    assert draw(3, 0, 0) == draw(3, 0, 0)
+    assert len({draw(3, 0, 0), draw(4, 0, 0), draw(3, 1, 0), draw(3, 0, 1)}) == 4
+
+
 def test_the_second_pass_repeats_the_first_draw_for_draw():
     """Dropout and BatchNorm on: cached features must be those the gradient is taken through."""
     r = recipe(RESNET, 4)
@@ -127,6 +191,44 @@ def test_the_second_pass_repeats_the_first_draw_for_draw():
             torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-6)
     for name, b in again.trunk.named_buffers():  # updated once, not twice
         torch.testing.assert_close(statistics[name], b)
+
+
+def test_a_tower_that_no_objective_reads_does_not_stop_two_ranks():
+    """DDP waits for the gradient of every parameter; the text tower gets none here."""
+    before, after, reached = run_ranks(train_image_only, 2)[0]
+    assert not torch.equal(before["image"], after["image"])
+    assert torch.equal(before["text"], after["text"])
+    assert reached == sorted(n for n, _ in build_trunk(recipe(VIT, 1).model, seed=1).named_parameters() if "image" in n)
+
+
+def train_image_only(rank: int, world: int) -> tuple:
+    r = recipe(VIT, 1)
+    backend = DDP(build_trunk(r.model, seed=1), r, Process(rank, world, 0, torch.device("cpu")))
+    inputs = {IMAGE: global_batch(r.model.image_size).rows(rank * 12, rank * 12 + 12).images["clip"]}
+    backend.warm_up(inputs)
+    before = probe(backend)
+    for _ in range(3):
+        feature = backend.forward(inputs)[IMAGE]
+        backend.backward([feature], [torch.ones_like(feature)])
+        reached = sorted(n for n, p in backend.trunk.named_parameters() if p.grad is not None)
+        backend.step(1e-3)
+    return before, probe(backend), reached
+
+
+def probe(backend: DDP) -> dict[str, torch.Tensor]:
+    towers = {"image": backend.trunk.image, "text": backend.trunk.text}
+    return {name: torch.cat([p.detach().flatten() for p in tower.parameters()]) for name, tower in towers.items()}
+
+
+def test_bf16_is_what_the_towers_compute_in_and_fp32_what_they_hand_over():
+    found = {}
+    for precision in ("fp32", "bf16"):
+        r = recipe(VIT, 1).model_copy(update={"precision": precision})
+        backend = DDP(build_trunk(r.model, seed=1), r, Process(0, 1, 0, torch.device("cpu")))
+        found[precision] = backend.forward({IMAGE: global_batch(r.model.image_size).images["clip"]})[IMAGE].detach()
+    assert found["bf16"].dtype == torch.float32
+    difference = (found["fp32"] - found["bf16"]).abs().max() / found["fp32"].abs().max()
+    assert 1e-4 < difference < 0.1
 
 
 def test_the_backend_that_runs_is_the_one_named():

@@ -108,6 +108,25 @@ def test_a_full_disk_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCapt
     assert [r["step"] for r in read_log(tmp_path)] == [1, 4]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning", "ignore::ResourceWarning")
+def test_a_full_disk_ends_tensorboard_but_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("tensorboard")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with open_log(tmp_path, tensorboard=True) as runlog:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+            with caplog.at_level(logging.WARNING):
+                for step in range(1, 2000):  # its thread meets the disk some time after the call
+                    runlog.step(step, {f"signal{i}": 1.0 for i in range(50)})
+                    if "TensorBoard gets no more" in caplog.text:
+                        break
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        runlog.step(5000, {"loss": 4.0})
+    assert "TensorBoard gets no more" in caplog.text
+    assert [r["step"] for r in read_log(tmp_path)][-1] == 5000
+
+
 def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for resume, steps in ((None, (1, 2, 3)), (1, (2, 3, 4))):

@@ -156,6 +156,12 @@ def test_eval_crop_equals_open_clip(size):
     assert (ours - theirs).abs().mean() <= 0.01
 
 
+def test_eval_crop_of_a_thread_resizes_its_middle_only():
+    thread = np.random.default_rng(0).integers(0, 256, (1, 100_000, 3), dtype=np.uint8)
+    assert torch.equal(eval_crop(thread, 64), eval_crop(thread[:, 49_984:50_016], 64))
+    assert torch.equal(eval_crop(thread.transpose(1, 0, 2), 64), eval_crop(thread, 64).transpose(1, 2))
+
+
 @pytest.mark.real
 def test_real_photographs_equal_open_clip(real_data: Path):
     files = sorted((real_data / "imagenet-sample-250").rglob("*.JPEG"))[:20] or sorted(real_data.rglob("*.jpg"))[:20]
