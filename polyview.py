@@ -5,7 +5,6 @@ The console door: it dispatches by name and imports nothing heavy. For notebooks
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     argv = list(sys.argv[1:] if argv is None else argv)
     table = verbs()
-    if argv and argv[0] not in table and (argv[0].endswith((".yaml", ".yml")) or os.path.isfile(argv[0])):
+    shipped = Path(__file__).parent / "recipes"
+    if argv and argv[0] not in table and (Path(argv[0]).is_file() or (shipped / f"{argv[0]}.yaml").is_file()):
         argv = ["train", *argv]
     return cli.main("polyview", DOC, table, argv)
 

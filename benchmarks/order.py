@@ -1,8 +1,8 @@
 """The sample order: opening 2e9 samples in the middle of a run, the cost of a step, and how well it shuffles.
 
-No peer opens a set without its tables, so figures stand beside bars: 0.5 s for a cold open with one batch, 1 ms a
-step for a rank's 512 rows, and 1.3 times the same-shard neighbours that uniform shuffling gives. A table of all ids
-(numpy's permutation, what a map-style sampler holds) is timed at a fiftieth of the size for scale.
+No peer opens a set without its tables, so figures stand beside bars: 0.5 s for a cold open with one batch, 1 ms
+a step for a rank's 512 rows, and 1.3 times the same-shard neighbours that uniform shuffling gives. A table of
+all ids (numpy's permutation, what a map-style sampler holds) is timed at a fiftieth of the size for scale.
 """
 
 from __future__ import annotations

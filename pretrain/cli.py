@@ -10,6 +10,7 @@ import argparse
 import difflib
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -20,7 +21,10 @@ def main(prog: str, doc: str, verbs: Mapping[str, str], argv: Sequence[str] | No
     """Run ``python -m PROG VERB …``; `verbs` maps a verb to its module. The exit code: 0 well, 2 the user's error."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
-        print(_overview(prog, doc, verbs))
+        try:
+            print(_overview(prog, doc, verbs), flush=True)
+        except BrokenPipeError:  # `… --help | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     if argv[0] not in verbs:
         near = difflib.get_close_matches(argv[0], verbs, n=1)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
+
+STOPPED = 130
+"""Exit code of a run that a signal stopped before its last step: it has saved, and is not done."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
         open_data(recipe)  # what is wrong with the data is said once, before any rank starts
         world = recipe.world or _gpus()
         if world > 1:
+            print(f"starting {world} processes", file=sys.stderr, flush=True)
             return run_world(world, ["-m", "pretrain", "train", args.recipe, *args.overrides])
 
     from pretrain.distributed.process import check_accelerate, check_world, process_group
@@ -37,8 +42,7 @@ def run(args: argparse.Namespace) -> int:
     check_world(recipe.world)
     check_accelerate(recipe.precision)
     with process_group() as process:
-        train(recipe, process)
-    return 0
+        return 0 if train(recipe, process) else STOPPED
 
 
 def _gpus() -> int:

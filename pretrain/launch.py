@@ -22,7 +22,7 @@ _PR_SET_PDEATHSIG = 1
 
 def launched() -> bool:
     """Whether some launcher started this process (then it decided the world)."""
-    return "RANK" in os.environ or any(name.startswith("ACCELERATE_") for name in os.environ)
+    return "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ  # accelerate sets it for one rank too
 
 
 def run_world(world: int, argv: Sequence[str]) -> int:

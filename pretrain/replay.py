@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pretrain.backends.ddp import DDP
 from pretrain.backends.replicated import Replicated
@@ -31,7 +32,7 @@ from pretrain.optim.schedule import lr_at
 from pretrain.reader import Batch, Reader
 from pretrain.recipe import Recipe
 from pretrain.run import RunFolder
-from pretrain.step import TwoStage, update
+from pretrain.step import TwoStage, seed_draws, update
 from pretrain.telemetry import read_log
 from pretrain.views.tokenizer import ClipTokenizer
 
@@ -89,7 +90,7 @@ def replay(run: Path, step: int, *, advance: bool = False) -> Replayed:
     joint = Joint(build(recipe.objectives))
     tokenizer = ClipTokenizer(recipe.model.text.context) if recipe.model.text else None
     views = joint.image_views(recipe.model.image_size), joint.text_views()
-    reader = Reader(sources, order, *views, tokenizer, seed=recipe.seed, threads=recipe.data.threads)
+    reader = Reader(sources, order, *views, tokenizer, seed=recipe.seed, threads=recipe.data.threads, max_damaged=1.0)
     try:
         state = _State(recipe, joint, checkpoint)
         if advance:
@@ -119,7 +120,7 @@ class _State:
 
     def advance(self, reader: Reader, step: int, total: int) -> None:
         """Train up to `step`, on the same global batches."""
-        two_stage = self._two_stage(rank=0)
+        two_stage = self._two_stage()
         for batch in reader.stream(self.step, step):
             self.joint.before_step(batch.step)
             result = two_stage(batch)
@@ -132,20 +133,30 @@ class _State:
 
     @torch.no_grad()
     def sample_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """(B,) losses by objective, with the random draws each rank and micro-step had."""
-        size = len(batch.weight) // (self.world * self.recipe.accumulation)
-        parts: list[Features] = []
+        """(B,) losses by objective, with the random draws each rank and micro-step had.
+
+        With synchronised BatchNorm the ranks' rows go through together, and dropout draws are rank 0's.
+        """
+        inputs = self._two_stage().inputs(batch)
+        features: Features = {}
         with frozen_statistics(self.backend.trunk):
-            for rank in range(self.world):
-                for micro in range(self.recipe.accumulation):
-                    start = (rank * self.recipe.accumulation + micro) * size
-                    parts.append(self._two_stage(rank).features(batch.rows(start, start + size), micro))
-        features = {r: torch.cat([p[r] for p in parts]) for r in parts[0]}
+            for rank, micro, rows in self._forwards(len(batch)):
+                seed_draws(self.recipe.seed, batch.step, rank, micro)
+                for r, feature in self.backend.forward({r: x[rows] for r, x in inputs.items()}).items():
+                    features.setdefault(r, feature.new_empty(len(batch), *feature.shape[1:]))[rows] = feature
         return {name: o.options.weight * o.sample_losses(features, batch) for name, o in self.joint.by_name.items()}
 
-    def _two_stage(self, rank: int) -> TwoStage:
+    def _forwards(self, batch: int) -> list[tuple[int, int, Tensor]]:
+        """(rank, micro-step, rows) of every forward of the step."""
+        rows = torch.arange(batch).view(self.world, self.recipe.accumulation, -1)
+        has_norm = any(isinstance(m, _BatchNorm) for m in self.backend.trunk.modules())
+        if has_norm and self.recipe.model.sync_batchnorm:
+            return [(0, m, rows[:, m].flatten()) for m in range(self.recipe.accumulation)]
+        return [(r, m, rows[r, m]) for r in range(self.world) for m in range(self.recipe.accumulation)]
+
+    def _two_stage(self) -> TwoStage:
         accumulation, seed = self.recipe.accumulation, self.recipe.seed
-        return TwoStage(self.backend, self.joint, accumulation=accumulation, seed=seed, rank=rank, group=None)
+        return TwoStage(self.backend, self.joint, accumulation=accumulation, seed=seed, rank=0, group=None)
 
 
 def write_page(replayed: Replayed, out: Path, top: int) -> None:

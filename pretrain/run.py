@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from typing import Any
 
 from pretrain.errors import UserError
 from pretrain.recipe import Recipe, dump_recipe, load_recipe
+
+log = logging.getLogger(__name__)
 
 FREE_TO_CHANGE = (
     "output", "world", "accumulation", "steps", "epochs", "log", "checkpoint", "backend",
@@ -62,16 +65,26 @@ class RunFolder:
 
     def begin(self, recipe: Recipe, start: dict[str, Any]) -> None:
         """Keep the recipe and note this start; called by rank 0."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        starts = json.loads(self.starts_file.read_text()) if self.starts_file.is_file() else []
-        _replace(self.starts_file, json.dumps([*starts, start], indent=1) + "\n")
+        _replace(self._made() / self.starts_file.name, json.dumps([*self._starts(), start], indent=1) + "\n")
         _replace(self.recipe_file, dump_recipe(recipe))
+
+    def _made(self) -> Path:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output: {self.path} cannot be made a folder ({error.strerror}); choose another") from None
+        return self.path
+
+    def _starts(self) -> list[Any]:
+        try:
+            return json.loads(self.starts_file.read_text())
+        except (FileNotFoundError, ValueError):
+            return []
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run; UserError when another process trains into it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "LOCK", "a") as handle:
+        with open(self._made() / "LOCK", "a") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -79,9 +92,16 @@ class RunFolder:
             yield
 
     def note_damage(self, record: dict[str, Any]) -> None:
-        """Append one sample that was passed over (a line is written whole: all ranks append to one file)."""
-        with open(self.damage_file, "a") as handle:
-            handle.write(json.dumps(record) + "\n")
+        """Append one sample that was passed over (a line is written whole: all ranks append to one file).
+
+        Its step counts as the log and `replay` do: 1 is the first.
+        """
+        line = json.dumps(record | {"step": record["step"] + 1}) + "\n"
+        try:
+            with open(self.damage_file, "a") as handle:
+                handle.write(line)
+        except OSError as error:  # a full disk must not end the training for a line of its diary
+            log.warning("%s: damaged sample not noted (%s): %s", self.damage_file, error.strerror, line.strip())
 
 
 def _free(key: str) -> bool:

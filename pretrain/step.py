@@ -72,7 +72,7 @@ class TwoStage:
 
     def features(self, batch: Batch, micro: int) -> Features:
         """Features of one micro-batch, with the random draws that are its own."""
-        torch.manual_seed(key(self.seed, "dropout", batch.step, self.rank, micro) >> 1)
+        seed_draws(self.seed, batch.step, self.rank, micro)
         return self.backend.forward(self.inputs(batch))
 
     def _score(self, leaves: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor | float]]:
@@ -89,8 +89,14 @@ class TwoStage:
                 self._send_back(self.features(m, i), part)
 
     def _send_back(self, features: Features, gradients: dict[FeatureRequest, Tensor | None]) -> None:
-        used = [(features[r], g) for r, g in gradients.items() if g is not None]
-        self.backend.backward([f for f, _ in used], [g for _, g in used])
+        # a feature the loss did not use (an absent field) still goes back, as zeros: DDP waits for all of them
+        pairs = [(features[r], torch.zeros_like(features[r]) if g is None else g) for r, g in gradients.items()]
+        self.backend.backward([f for f, _ in pairs], [g for _, g in pairs])
+
+
+def seed_draws(seed: int, step: int, rank: int, micro: int) -> None:
+    """Random numbers of the towers (dropout) from here on: those of one micro-step of one rank."""
+    torch.manual_seed(key(seed, "dropout", step, rank, micro) >> 1)
 
 
 def update(

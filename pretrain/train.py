@@ -20,6 +20,7 @@ import torch.distributed as dist
 from pretrain.backends.ddp import DDP
 from pretrain.backends.replicated import Replicated
 from pretrain.checkpoint import (
+    CheckpointError,
     CheckpointWriter,
     Fragment,
     find_latest,
@@ -49,20 +50,27 @@ from pretrain.views.tokenizer import ClipTokenizer
 log = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe, process: Process) -> None:
+def train(recipe: Recipe, process: Process) -> bool:
     """Train `recipe` to its last step, from the newest whole checkpoint of its folder if there is one.
+
+    False when a signal stopped it before: it has saved, and the same call goes on from there.
 
     Raises:
         UserError: the recipe, the data or the folder do not fit; the loss became NaN; the disk is full.
     """
     folder = RunFolder(recipe.output)
     with folder.lock() if process.first else nullcontext(), ExitStack() as cleanup:
-        _loop(_setup(recipe, process, folder, cleanup))
+        run = _setup(recipe, process, folder, cleanup)
+        if run is not None:
+            return _loop(run)
+        if process.first:
+            log.info(f"{recipe.name}: already trained to its last step; more of them (steps=…) would go on from there")
+        return True
 
 
-def _loop(run: _Run) -> None:
+def _loop(run: _Run) -> bool:
     recipe, process = run.recipe, run.process
-    stop = False
+    last = stop = False
     clock = StepClock(run.start, recipe.global_batch)
     for batch in run.reader.stream(run.start, run.total):
         # ---- features, loss, gradients
@@ -83,10 +91,12 @@ def _loop(run: _Run) -> None:
         last = done == run.total
         if done == run.start + 1:
             run.writer.reserve(run.fragments())  # host memory for the first save, now that all state exists
-        if last or done % recipe.log.every == 0 or done == run.start + 1:
+        run.log_save()
+        signals = last or done % recipe.log.signals_every == 0
+        if signals or done % recipe.log.every == 0 or done == run.start + 1:
             line: dict[str, Any] = {"samples_seen": done * recipe.global_batch, "epoch": run.order.epoch_of(done)}
             line |= {"loss": result.loss, **result.figures, "lr": lr, "grad_norm": grad_norm}
-            if last or done % recipe.log.signals_every == 0:
+            if signals:
                 line |= run.embedding_signals(result.features)
             run.log.step(done, line | clock.read(done, run.reader.data_wait_s()))
 
@@ -96,7 +106,8 @@ def _loop(run: _Run) -> None:
             run.save(done)
         if stop:
             break
-    run.finish(stop)
+    run.finish(stop and not last)
+    return last
 
 
 @dataclass
@@ -118,6 +129,7 @@ class _Run:
     start: int
     total: int
     raised: set[str] = field(default_factory=set)
+    logged_save: int | None = None
 
     def save(self, step: int) -> None:
         """Hand step's state to the writer; training waits for the copy only."""
@@ -128,8 +140,18 @@ class _Run:
             "world": self.process.world,
             "backend": self.backend.describe(),
         }
+        try:
+            self.writer.wait()
+        except CheckpointError as error:
+            log.warning(f"{error}; trying again at step {step}")
+            self.log.event("save-failed", step=step)
         self.writer.save(step, self.fragments(), meta)
-        self.log.event("save", step=step)
+
+    def log_save(self) -> None:
+        """Note the newest checkpoint once it is whole."""
+        if self.writer.committed != self.logged_save:
+            self.logged_save = self.writer.committed
+            self.log.event("save", step=self.logged_save)
 
     def fragments(self) -> list[Fragment]:
         """All that this rank writes of the run's state."""
@@ -155,20 +177,23 @@ class _Run:
         except NonFiniteError as error:
             self.log.event("non-finite", step=step + 1)
             raise UserError(
-                f"step {step + 1}: {error}. No weight was touched. `polyview replay {self.folder.path} --step {step + 1}` "
-                f"shows the batch and the loss of each sample; lower optimizer.lr or set optimizer.clip_norm, and the "
-                f"same command resumes from the newest checkpoint"
+                f"step {step + 1}: {error}. No weight was touched. "
+                f"`polyview replay {self.folder.path} --step {step + 1}` shows the batch and the loss of each sample; "
+                f"lower optimizer.lr or set optimizer.clip_norm; the same command resumes from the newest checkpoint"
             ) from None
 
     def finish(self, stopped: bool) -> None:
         """Wait for the last save; say how to go on if the run was stopped."""
         self.writer.wait()
+        if self.process.world > 1:
+            dist.barrier()  # no rank leaves before the checkpoint is whole
+        self.log_save()
         self.log.event("stop" if stopped else "end")
         if stopped and self.process.first:
             log.warning("stopped by a signal and saved; the same command goes on from there")
 
 
-def _setup(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitStack) -> _Run:
+def _setup(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitStack) -> _Run | None:
     try:
         check_split(recipe.global_batch, process.world, recipe.accumulation)
     except ValueError as error:
@@ -185,6 +210,8 @@ def _setup(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
     backend = DDP(trunk, recipe, process)
     replicated = Replicated(joint, recipe.optimizer, process)
     start = _resume(folder, process, order, backend, replicated)
+    if start >= total:
+        return None
     reader = Reader(
         sources,
         order,
@@ -203,8 +230,9 @@ def _setup(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
     two_stage = TwoStage(
         backend, joint, accumulation=recipe.accumulation, seed=recipe.seed, rank=process.rank, group=None
     )
-    if start < total:
-        backend.warm_up(two_stage.inputs(reader.batch(start).to(process.device)))
+    if process.world > 1:
+        micro = recipe.global_batch // (process.world * recipe.accumulation)
+        backend.warm_up(two_stage.inputs(reader.batch(start).rows(0, micro).to(process.device)))
     if process.first:
         folder.begin(recipe, {**provenance(), "from_step": start, "changed": changed, "world": process.world})
     writer = CheckpointWriter(
@@ -215,6 +243,8 @@ def _setup(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
         keep_last=recipe.checkpoint.keep_last,
         keep_every=recipe.checkpoint.keep_every,
     )
+    # a save under way becomes whole also when the run ends in an error; a second Ctrl-C does not wait for it
+    cleanup.push(lambda kind, *_: writer.close() if kind is None or issubclass(kind, Exception) else None)
     run_log = RunLog(
         folder.path,
         total_steps=total,

@@ -111,17 +111,17 @@ CURVES: tuple[tuple[str, str, str], ...] = (
     (r"lr|learning_rate", "Learning rate", "The schedule as it was run."),
     (r"images_per_s|images_s|samples_per_s|images/s", "Images a second", "Over all ranks."),
     (r"grad_norm", "Gradient norm", "Before clipping; a spike names a step worth replaying."),
-    (r"data_wait(_s)?", "Waiting for data", "Seconds a step that the ranks stood without a batch."),
+    (r"data_wait(_s)?", "Waiting for data", "Share of the time that rank 0 stood without a batch."),
     (r"(step_s|step_time)", "Time a step", "Seconds."),
     (r"(.*[./_])?rankme", "RankMe", "How many directions the embeddings use; a fall towards 1 is collapse."),
     (r"(.*[./_])?(embedding_)?std", "Embedding spread", "1/√dimension is healthy, 0 is collapse."),
     (
         r"(.*[./_])?logit_scale|(.*[./_])?scale|(.*[./_])?temperature",
-        "Temperature",
+        "Scale (1 / temperature)",
         "As the objective learnt it.",
     ),
     (r"(.*[./_])?accuracy", "In-batch accuracy", "Share of rows whose partner is the nearest in the batch."),
-    (r"mem.*|.*memory.*", "Memory", "Highest in use on a rank."),
+    (r"mem.*|.*memory.*", "Memory (GiB)", "Highest in use on rank 0."),
 )
 
 

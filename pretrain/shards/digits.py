@@ -1,12 +1,12 @@
 """Captioned scenes of handwritten digits: data to try the whole way on, made from what scikit-learn ships.
 
-A scene is a cluttered dark square with two to four of scikit-learn's 8 x 8 handwritten digits in its corners, in
-colours that no caption mentions. Five captions tell in varied words which digit stands where; the label is
-the digit at the top left, where there always is one; boxes and names are in the JSON part. The digits themselves are
-parted before anything is drawn, so a test scene holds handwriting that no training scene holds.
+A scene is a cluttered dark square with two to four of scikit-learn's 8 x 8 handwritten digits in its corners,
+in colours that no caption mentions. Five captions tell in varied words which digit stands where; the label is
+the digit at the top left, where there always is one; boxes and names are in the JSON part. The handwritten
+digits themselves are parted before anything is drawn: no test scene shows one that a training scene shows.
 
-The same arguments give the same bytes under the same Pillow and scikit-learn. It is a toy: it shows that training
-works, not how well on photographs.
+The same arguments give the same bytes under the same Pillow and scikit-learn. It is a toy: it shows that
+training works, not how well on photographs.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ TEMPLATES = (
 
 
 class Scene(NamedTuple):
-    """What one sample shows: PNG bytes, captions, the label, boxes (x, y, width, height in pixels) and their names."""
+    """One sample: PNG bytes, captions, label, boxes (x, y, width, height in pixels) and what each shows."""
 
     png: bytes
     captions: list[str]

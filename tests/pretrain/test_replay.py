@@ -49,6 +49,14 @@ def test_dropout_and_three_ranks_replay_on_one(tmp_path):
     assert float(replayed.total().mean()) == pytest.approx(logged(tmp_path / "run")[3], rel=1e-5)
 
 
+def test_synchronised_batchnorm_replays_over_all_ranks(tmp_path):
+    model = RESNET | {"image_kwargs": {}}
+    data = recipe_data(write_shards(tmp_path / "shards"), tmp_path / "run", model=model, steps=3)
+    run_ranks(train_rank, 3, str(write_recipe(tmp_path / "r.yaml", data)))
+    replayed = replay(tmp_path / "run", 3)
+    assert float(replayed.total().mean()) == pytest.approx(logged(tmp_path / "run")[3], rel=1e-5)
+
+
 def train_rank(rank: int, world: int, recipe: str) -> None:
     import torch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -18,7 +19,7 @@ import torch
 
 from pretrain.__main__ import main
 from pretrain.checkpoint import find_latest
-from pretrain.telemetry import read_log
+from pretrain.telemetry import read_events, read_log
 from tests.tiny import RESNET, VIT, add, picture, recipe_data, write_recipe, write_shards
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
@@ -97,7 +98,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, shards):
     wait_for_a_step(run / "log.jsonl", process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, told = process.communicate(timeout=60)
-    assert process.returncode == 0, told
+    assert process.returncode == 130, told  # so that `train && evaluate` does not go on with a part of a run
     assert "the same command goes on" in told
     stopped = find_latest(run / "checkpoints")
     assert stopped is not None
@@ -208,3 +209,27 @@ def test_two_trainers_never_share_a_folder(tmp_path, shards):
     first.communicate()
     assert second.returncode == 2
     assert "another process is training" in told
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, shards):
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_data(shards, tmp_path / "run", steps=4))
+    assert train_here(recipe) == 0
+    data = next((tmp_path / "run" / "checkpoints" / "step_00000004").glob("data-*"))
+    with open(data, "r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    assert train_here(recipe, "steps=6") == 0
+    resumed = [e for e in read_events(tmp_path / "run") if e["event"] == "resume"]
+    assert [e["step"] for e in resumed] == [2]
+
+
+def test_a_run_that_is_done_says_so(tmp_path, shards, caplog):
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_data(shards, tmp_path / "run", steps=2))
+    assert train_here(recipe) == 0
+    before = (tmp_path / "run" / "run.json").read_text()
+    with caplog.at_level(logging.INFO):
+        assert train_here(recipe) == 0
+    assert "already trained" in caplog.text
+    assert (tmp_path / "run" / "run.json").read_text() == before

@@ -69,7 +69,7 @@ def test_a_job_that_fails_says_so(recipe: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["world=3"], "needs world 3; --nodes x --ranks-per-node is 1"),
+        (["world=3", "--ranks-per-node", "1"], "needs world 3; --nodes x --ranks-per-node is 1"),
         (["--ranks-per-node", "5"], "12"),
         (["--ranks-per-node", "0"], "no rank at all"),
         (["--local", "--nodes", "2"], "--local is this machine alone"),
