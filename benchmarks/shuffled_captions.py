@@ -23,7 +23,8 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
-        shuffled, test = work / "shuffled", work / "shuffled" / "test"
+        # named as the demo's folder: the test scenes are the same, only the training captions are shuffled
+        shuffled, test = work / "digits", work / "digits" / "test"
         if not shuffled.exists():
             run("pretrain", "digits", shuffled, "--shuffle-captions")
         for seed in SEEDS:
