@@ -35,7 +35,7 @@ align-items:center;font-size:13px}
 .bars .value{text-align:right;font-variant-numeric:tabular-nums}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:9px 10px;text-align:right;border-top:1px solid var(--line);vertical-align:middle}
-thead th{border-top:0;overflow-wrap:anywhere;font-size:12.5px;font-weight:600;color:var(--soft);vertical-align:bottom}
+thead th{border-top:0;overflow-wrap:anywhere;min-width:5.5em;font-size:12.5px;font-weight:600;color:var(--soft);vertical-align:bottom}
 tbody th{text-align:left;font-weight:600;min-width:210px}
 tbody th small{display:block;font-weight:400;color:var(--soft);max-width:46ch;line-height:1.35}
 td small{display:block;color:var(--soft);white-space:nowrap}

@@ -92,7 +92,8 @@ def verdict(cols: Sequence[Column], metric: str) -> str:
     value, guess = first.metrics.get(metric), first.chance.get(metric)
     parts = []
     if value is not None and guess:
-        parts.append(f"{value / guess:.2g} times chance")
+        times = value / guess
+        parts.append(f"{times:.0f} times chance" if times >= 10 else f"{times:.2g} times chance")
     for c in cols[1:]:
         if is_untrained(c.result) and (said := _against(first, c.result, metric)):
             parts.append(f"{said} the untrained encoder")
