@@ -7,7 +7,7 @@ reading the bytes. The JPEGs are those of --images, else synthetic ones of about
 its fastest form: no shuffle, no decode, no split. Ours:
   whole blocks   one pread a block of 256 consecutive samples, members sliced out of it
   random         one pread a sample, in random order
-  parts, kept    pretrain.blocks, which the trainer's reader calls, in the trainer's order with blocks of 256,
+  parts, kept    pretrain.reader.blocks, which the trainer's reader calls, in the trainer's order with blocks of 256,
                  the order's own cost included: as it reads large sets, and sets whose blocks in use fit in
                  memory (here all of that memory is new, and its page faults are counted)
 And building the index from headers beside `tarfile`.
@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import measure, parser, report
-from pretrain.blocks import BUDGET_BYTES, Blocks
 from pretrain.order import SampleOrder
+from pretrain.reader.blocks import BUDGET_BYTES, Blocks
 from pretrain.shards.index import build_index
 from pretrain.shards.source import Source, open_source
 

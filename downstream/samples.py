@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.errors import UserError
-from pretrain.samples import IMAGE_EXTENSIONS
+from pretrain.reader.samples import IMAGE_EXTENSIONS
 from pretrain.shards.source import Source, open_source
 from pretrain.views.decode import DamagedSample
 

@@ -16,7 +16,7 @@ import torch
 from index.store.thumbs import thumbnail
 from pretrain.encoder import Encoder
 from pretrain.errors import UserError
-from pretrain.samples import CLASS_EXTENSION, IMAGE_EXTENSIONS, NO_LABEL, captions, label
+from pretrain.reader.samples import CLASS_EXTENSION, IMAGE_EXTENSIONS, NO_LABEL, captions, label
 from pretrain.shards.index import ShardIndex
 from pretrain.views.decode import DamagedSample, decode
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -271,3 +273,27 @@ def test_many_classes_give_pairs_instead_of_a_matrix(tmp_path: Path) -> None:
     assert "confusion matrix" not in [a.get("aria-label") for _, a in sound.tags]
     assert confusion.matrix([[0]], ["x"])
     assert len({scatter.colour(i, 10) for i in range(10)}) == 10
+
+
+@pytest.mark.parametrize("width", [1280, 420])
+def test_a_browser_shows_the_page_without_a_sideways_scroll(tmp_path: Path, width: int) -> None:
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("no chromium on this machine (make ci-deps installs it)")
+    write(retrieval(), tmp_path / "results", pictures())
+    # the page's own policy forbids scripts of strangers; the measure is taken from outside it, in a frame
+    (tmp_path / "report.html").write_text(render(tmp_path / "results"))
+    (tmp_path / "frame.html").write_text(
+        f'<iframe id=f src=report.html style="width:{width}px;height:900px"></iframe><script>onload=()=>'
+        "{const d=document.getElementById('f').contentDocument.documentElement;"
+        "document.title=[d.scrollWidth,d.clientWidth,d.querySelectorAll('section').length].join(' ')}</script>"
+    )
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+    local = ["--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000"]
+    page = (tmp_path / "frame.html").as_uri()
+    done = subprocess.run([browser, *quiet, *local, "--dump-dom", page], capture_output=True, text=True, timeout=120)
+    told = re.search(r"<title>(\d+) (\d+) (\d+)</title>", done.stdout)
+    assert told, done.stdout[:500] + done.stderr[-500:]
+    scroll, client, sections = map(int, told.groups())
+    assert scroll <= client
+    assert sections > 0

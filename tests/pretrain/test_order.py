@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from pretrain.errors import UserError
-from pretrain.mixture import PERIOD
 from pretrain.order import ORDER_VERSION, SampleOrder
-from pretrain.permutation import keyed_hash, permute
+from pretrain.order.mixture import PERIOD
+from pretrain.order.permutation import keyed_hash, permute
 
 
 def shards(samples, each=100):

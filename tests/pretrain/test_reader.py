@@ -14,11 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pretrain import assembly
-from pretrain.batch import Batch
 from pretrain.errors import UserError
 from pretrain.order import SampleOrder
-from pretrain.reader import Reader
+from pretrain.reader import Reader, assembly
+from pretrain.reader.batch import Batch
 from pretrain.shards.source import Source, open_source
 from pretrain.views.spec import ImageView, TextView
 from pretrain.views.tokenizer import ClipTokenizer

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from pretrain.batch import Batch
 from pretrain.errors import UserError
+from pretrain.reader.batch import Batch
 
 FIRST_ROWS = 1000  # the share is taken of at least this many rows, so that one bad sample early stops no run
 SHOWN = 10

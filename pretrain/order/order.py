@@ -24,10 +24,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .errors import UserError
-from .mixture import Mixture
-from .permutation import keyed_hash, permute
-from .philox import MAX_ID, MAX_SOURCE, key
+from pretrain.errors import UserError
+from pretrain.order.mixture import Mixture
+from pretrain.order.permutation import keyed_hash, permute
+from pretrain.philox import MAX_ID, MAX_SOURCE, key
 
 ORDER_VERSION = 1  # raised only when the same description would give other batches
 MAX_LANES = 512

@@ -17,7 +17,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from .errors import UserError
+from pretrain.errors import UserError
 
 PERIOD = 10_000  # slots over which weights become whole numbers: the smallest share is 1 / PERIOD
 

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pretrain.batch import Batch
-from pretrain.blocks import Blocks, Sample
 from pretrain.order import SampleOrder
 from pretrain.philox import uniforms
-from pretrain.samples import NO_LABEL, draw_caption, image_bytes, label
+from pretrain.reader.batch import Batch
+from pretrain.reader.blocks import Blocks, Sample
+from pretrain.reader.samples import NO_LABEL, draw_caption, image_bytes, label
 from pretrain.views.decode import DamagedSample, Scratch, decode
 from pretrain.views.geometry import UNIFORMS, random_resized_crop
 from pretrain.views.spec import ImageView, TextView

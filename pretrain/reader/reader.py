@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pretrain.assembly import Job, Plan
-from pretrain.batch import Batch
-from pretrain.blocks import BUDGET_BYTES, Blocks
-from pretrain.damage import DamageWatch
 from pretrain.errors import UserError
 from pretrain.order import SampleOrder
-from pretrain.samples import wanted_extensions
+from pretrain.reader.assembly import Job, Plan
+from pretrain.reader.batch import Batch
+from pretrain.reader.blocks import BUDGET_BYTES, Blocks
+from pretrain.reader.damage import DamageWatch
+from pretrain.reader.samples import wanted_extensions
 from pretrain.shards.source import Source
 from pretrain.views.decode import MAX_PIXELS, Scratch
 from pretrain.views.spec import ImageView, TextView
