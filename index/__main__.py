@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from pretrain import cli
 
@@ -16,5 +17,10 @@ VERBS = {
     "info": "index.cli_info",
 }
 
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.main("index", DOC, VERBS, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(cli.main("index", DOC, VERBS))
+    sys.exit(main())

@@ -90,7 +90,7 @@ def _bytes(text: str) -> int:
 
 
 def _pack(args: argparse.Namespace, path: Path, form: str | None, compressed: bool = False) -> int:
-    from pretrain.shards.pack import PackOptions, pack
+    from pretrain.shards.pack import RENAMED, PackOptions, pack
 
     if args.out is None:
         raise UserError("say where the shards go: --out FOLDER")
@@ -102,6 +102,10 @@ def _pack(args: argparse.Namespace, path: Path, form: str | None, compressed: bo
             done, skips = pack(listing, args.out, options, _checker(args.check), advance=advance)
     for split in done:
         print(f"{split.folder}: {split.samples:,} samples in {split.shards} shard(s), {split.bytes / 2**20:,.1f} MiB")
+    if (args.out / RENAMED).is_file():
+        print(
+            f"some names made no key as they were (spaces, dots, other letters): {RENAMED} beside the shards has both"
+        )
     if listing.classnames:
         more = " …" if len(listing.classnames) > 8 else ""
         print(f"{len(listing.classnames)} classes: {', '.join(listing.classnames[:8])}{more}")

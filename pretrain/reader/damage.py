@@ -38,6 +38,18 @@ class DamageWatch:
         if self._seen.total() > self._max_share * max(self._rows, FIRST_ROWS):
             raise UserError(self._message())
 
+    def _advice(self) -> str:
+        """A set that lacks a field throughout is the wrong set, not a damaged one."""
+        reasons = Counter[str]()
+        for (_, _, reason), n in self._seen.items():
+            reasons[reason] += n
+        reason, times = reasons.most_common(1)[0]
+        if times == self._rows:
+            return (
+                f"Every sample has the same fault ({reason}): these shards lack what the objectives of this recipe need"
+            )
+        return "Mend or leave out these shards, or raise max_damaged"
+
     def _message(self) -> str:
         times, shards = self._seen.total(), Counter[str]()
         for (shard, _, _), n in self._seen.items():
@@ -51,6 +63,6 @@ class DamageWatch:
                 f"{self._max_share:g} allows. Samples of the worst shards:",
                 *lines,
                 *([f"  and {more} more"] if more > 0 else []),
-                "Mend or leave out these shards, or raise max_damaged",
+                self._advice(),
             ]
         )

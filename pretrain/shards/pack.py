@@ -57,6 +57,9 @@ class PackOptions:
             raise UserError("holdout must be at least 0, limit at least 1")
 
 
+RENAMED = "renamed.jsonl"
+
+
 class Packed(NamedTuple):
     """One folder of shards that was written."""
 
@@ -98,7 +101,7 @@ def pack(
             raise UserError(f"nothing to pack: all {len(listing.entries)} samples were skipped ({_counted(skips)})")
         _write_lines(partial / "skipped.jsonl", (dict(skip._asdict()) for skip in skips))
         renamed = ((key, name) for name, key in keys.items() if name.rpartition(".")[0] != key)
-        _write_lines(partial / "renamed.jsonl", ({"key": key, "name": name} for key, name in renamed))
+        _write_lines(partial / RENAMED, ({"key": key, "name": name} for key, name in renamed))
     return done, skips
 
 
