@@ -73,7 +73,10 @@ def run(args: argparse.Namespace) -> int:
     from pretrain.shards.index import compression
 
     inputs = [Path(name) for name in args.input]
-    if len(inputs) > 1 or not inputs[0].exists():  # several tars, a glob or a brace expression
+    pattern = any(c in args.input[0] for c in "*?[{")
+    if len(inputs) == 1 and not inputs[0].exists() and not pattern:
+        raise UserError(f"no file or folder {inputs[0]}")
+    if len(inputs) > 1 or pattern:  # several tars, a glob or a brace expression
         return _adopt(args)
     form = args.format
     if inputs[0].is_file() and compression(inputs[0]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from dataclasses import dataclass
 from typing import Any
@@ -67,8 +68,10 @@ def submit(recipe: Recipe, resources: Resources, *, cluster: str) -> submitit.Jo
         raise UserError("no sbatch on this machine: log in to the cluster, or use --local")
     folder = recipe.output.absolute() / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
-    recipe_file = folder / "submitted.yaml"
-    recipe_file.write_text(dump_recipe(recipe))
+    text = dump_recipe(recipe)
+    # named by what it holds: a queued job never reads the recipe of a later submission
+    recipe_file = folder / f"recipe-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
+    recipe_file.write_text(text)
     executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
     executor.update_parameters(
         name=recipe.name,

@@ -42,7 +42,7 @@ def test_sbatch_is_told_what_was_asked(recipe: Path, cluster: Path, capsys: pyte
     sent = {line.removeprefix("#SBATCH --") for line in (cluster / "sent.sh").read_text().splitlines()}
     assert {"nodes=2", "ntasks-per-node=3", "gpus-per-node=3", "cpus-per-task=5", "time=90", "job-name=tiny"} <= sent
     assert {"partition=long", "account=us"} <= sent
-    assert "steps: 7" in (cluster / "run/slurm/submitted.yaml").read_text()
+    assert "steps: 7" in next((cluster / "run/slurm").glob("recipe-*.yaml")).read_text()
 
 
 def test_a_requeued_job_is_the_same_job() -> None:
