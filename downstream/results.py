@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pretrain.durable import write_text
 from pretrain.errors import UserError
 
 NEEDED = ("dataset", "model", "pretrained", "task", "metrics")
@@ -63,8 +63,8 @@ def write(result: Result, folder: Path, pictures: dict[str, Any] | None = None) 
     if pictures is not None:
         place = pictures_path(path)
         place.parent.mkdir(exist_ok=True)
-        _replace(place, json.dumps(_finite(pictures), separators=(",", ":")))
-    _replace(path, json.dumps(result.as_dict(), indent=1))
+        write_text(place, json.dumps(_finite(pictures), separators=(",", ":")))
+    write_text(path, json.dumps(result.as_dict(), indent=1))
     return path
 
 
@@ -122,9 +122,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
     return value
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(path.name + f".part{os.getpid()}")
-    part.write_text(text, "utf-8")
-    os.replace(part, path)

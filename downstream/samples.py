@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.errors import UserError
-from pretrain.reader.samples import IMAGE_EXTENSIONS
+from pretrain.shards.entries import image_part
 from pretrain.shards.source import Source, open_source
 from pretrain.views.decode import DamagedSample
 
@@ -54,7 +54,7 @@ class Samples:
     def image(self, sample: int) -> bytes:
         """The image's bytes as stored; DamagedSample where the sample has none."""
         members = self._members(sample)
-        found = next((e for e in IMAGE_EXTENSIONS if e in members), None)
+        found = image_part(members)
         if found is None:
             raise DamagedSample(f"no image: it has {', '.join(sorted(members)) or 'nothing'}")
         return self._read(sample, *members[found])

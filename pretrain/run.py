@@ -10,12 +10,12 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pretrain.durable import write_text
 from pretrain.errors import UserError
 from pretrain.recipe import Recipe, dump_recipe, load_recipe
 
@@ -65,8 +65,8 @@ class RunFolder:
 
     def begin(self, recipe: Recipe, start: dict[str, Any]) -> None:
         """Keep the recipe and note this start; called by rank 0."""
-        _replace(self._made() / self.starts_file.name, json.dumps([*self._starts(), start], indent=1) + "\n")
-        _replace(self.recipe_file, dump_recipe(recipe))
+        write_text(self._made() / self.starts_file.name, json.dumps([*self._starts(), start], indent=1) + "\n")
+        write_text(self.recipe_file, dump_recipe(recipe))
 
     def _made(self) -> Path:
         try:
@@ -115,12 +115,3 @@ def _differences(old: Any, new: Any, key: str = "") -> dict[str, str]:
             found |= _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
         return found
     return {} if old == new else {key: f"{key}: {old!r} -> {new!r}"}
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)

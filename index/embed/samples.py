@@ -16,7 +16,8 @@ import torch
 from index.store.thumbs import thumbnail
 from pretrain.encoder import Encoder
 from pretrain.errors import UserError
-from pretrain.reader.samples import CLASS_EXTENSION, IMAGE_EXTENSIONS, NO_LABEL, captions, label
+from pretrain.reader.samples import CLASS_EXTENSION, NO_LABEL, captions, label
+from pretrain.shards.entries import image_part
 from pretrain.shards.index import ShardIndex
 from pretrain.views.decode import DamagedSample, decode
 
@@ -79,7 +80,7 @@ def _sample(fd: int, index: ShardIndex, row: int, encoder: Encoder) -> Sample | 
 
 
 def _decoded(fd: int, places: dict[str, tuple[int, int]], row: int, key: str, encoder: Encoder) -> Sample:
-    extension = next((e for e in IMAGE_EXTENSIONS if e in places), None)
+    extension = image_part(places)
     if extension is None:
         raise DamagedSample("no image")
     data = _read(fd, *places[extension])

@@ -13,9 +13,10 @@ import os
 from pathlib import Path
 
 from index.errors import DamagedCollection, StaleParent
-from index.store.durable import commit_folder, lock, new_folder, write_json, write_text
+from index.store.durable import commit_folder, lock, new_folder, write_json
 from index.store.manifest import FILE, VERSION, Manifest, read_manifest
 from index.store.segment import Segment, verify_files
+from pretrain.durable import write_text
 from pretrain.errors import UserError
 
 

@@ -31,14 +31,15 @@ class Replicated:
 
     def reduce(self) -> None:
         """Mean of the gradients over the ranks, in one flat collective."""
-        if self._process.world == 1 or not self.parameters():
+        parameters = self.parameters()
+        if self._process.world == 1 or not parameters:
             return
         # a parameter this rank did not use still takes part: collectives run on all ranks
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters()]
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat)
         flat /= self._process.world
-        for p, piece in zip(self.parameters(), flat.split([p.numel() for p in self.parameters()])):
+        for p, piece in zip(parameters, flat.split([p.numel() for p in parameters])):
             p.grad = piece.view_as(p)
 
     def step(self, lr: float) -> None:

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from pretrain.shards.entries import IMAGE_EXTENSIONS, image_part
 from pretrain.views.decode import DamagedSample
 from pretrain.views.spec import ImageView, TextView
 
-IMAGE_EXTENSIONS = (
-    "jpg", "jpeg", "png", "webp", "jpe", "jfif", "gif", "bmp", "tif", "tiff", "ppm", "pgm"
-)  # fmt: skip
 CLASS_EXTENSION = "cls"
 NO_LABEL = -1
 
@@ -27,10 +25,10 @@ def wanted_extensions(image_views: Sequence[ImageView], text_views: Sequence[Tex
 
 def image_bytes(members: Mapping[str, memoryview]) -> memoryview:
     """The encoded image; where there are several, the first in the order of IMAGE_EXTENSIONS."""
-    for extension in IMAGE_EXTENSIONS:
-        if extension in members:
-            return members[extension]
-    raise DamagedSample(f"no image: the sample has no .{', .'.join(IMAGE_EXTENSIONS[:4])} nor another image")
+    extension = image_part(members)
+    if extension is None:
+        raise DamagedSample(f"no image: the sample has no .{', .'.join(IMAGE_EXTENSIONS[:4])} nor another image")
+    return members[extension]
 
 
 def captions(members: Mapping[str, memoryview], extension: str) -> list[str]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,13 @@ from typing import Any, NamedTuple
 IMAGE_EXTENSIONS = (
     "jpg", "jpeg", "png", "webp", "jpe", "jfif", "gif", "bmp", "tif", "tiff", "ppm", "pgm",
 )  # fmt: skip
+"""In the order in which a sample with several images is asked for one."""
 MAX_KEY = 80  # bytes: key and extension fit the 100 of a plain tar header
+
+
+def image_part(parts: Collection[str]) -> str | None:
+    """The extension of a sample's image among those of its parts; None where it has no image."""
+    return next((extension for extension in IMAGE_EXTENSIONS if extension in parts), None)
 
 
 @dataclass(frozen=True, slots=True)

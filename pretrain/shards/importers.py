@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pretrain.errors import UserError
-from pretrain.shards.entries import IMAGE_EXTENSIONS, Entry, Listing, Ref, Skip
+from pretrain.shards.entries import Entry, Listing, Ref, Skip, image_part
 from pretrain.shards.import_coco import find_annotations, list_coco
 from pretrain.shards.import_folder import list_folder, list_tar
 from pretrain.shards.import_table import list_table
@@ -120,11 +120,6 @@ def list_samples(tar: Path) -> Listing:
         assert isinstance(ref, Ref)
         listing.entries.append(Entry(f"{key}.{image}", ref, refs))
     return listing
-
-
-def image_part(parts: dict[str, tuple[int, int]]) -> str | None:
-    """The extension of a sample's image."""
-    return next((extension for extension in IMAGE_EXTENSIONS if extension in parts), None)
 
 
 def list_input(

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pretrain.durable import write_text
 from pretrain.errors import UserError
 from pretrain.shards.entries import Entry, Listing, Ref, Skip, assign_keys, hash_of
 from pretrain.shards.images import BadImage
@@ -132,9 +133,7 @@ def write_summary(folder: Path, indexes: list[tuple[str, ShardIndex]], extra: di
         **extra,
         "shards": shards,
     }
-    temporary = folder / (SUMMARY + ".partial")
-    temporary.write_text(json.dumps(summary, indent=1) + "\n")
-    temporary.replace(folder / SUMMARY)
+    write_text(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pretrain.errors import UserError
-from pretrain.shards.entries import IMAGE_EXTENSIONS
+from pretrain.shards.entries import image_part
 from pretrain.shards.grouping import Parts
 from pretrain.shards.images import BadImage
 from pretrain.shards.index import ShardIndex, build_index
@@ -75,7 +75,7 @@ def _members(index: ShardIndex, decode: Decode | None) -> Iterator[tuple[str, st
     """(key, reason) of what is wrong inside the samples."""
     with open(index.path, "rb") as tar:
         for key, parts in zip(index.keys, index.block(0, len(index))):
-            image = next((extension for extension in IMAGE_EXTENSIONS if extension in parts), None)
+            image = image_part(parts)
             if image is None:
                 yield key, f"no image: it has only {', '.join('.' + extension for extension in parts)}"
             elif parts[image][1] == 0:
