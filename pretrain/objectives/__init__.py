@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pretrain.errors import UserError
 from pretrain.objectives.base import Objective
 
-_NOT_OBJECTIVES = {"base", "contrastive", "functional", "joint", "ranks", "tiles"}
+_NOT_OBJECTIVES = {"base", "joint"}
 
 
 def build(wanted: dict[str, float | dict[str, Any]]) -> dict[str, Objective]:
@@ -29,7 +29,7 @@ def build(wanted: dict[str, float | dict[str, Any]]) -> dict[str, Objective]:
 
 def known() -> list[str]:
     """Names of the objectives that come with the package."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _NOT_OBJECTIVES)
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg and m.name not in _NOT_OBJECTIVES)
 
 
 def _build_one(name: str, options: float | dict[str, Any]) -> Objective:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pretrain.distributed.collectives import all_gather_rows, row_counts
 from pretrain.distributed.groups import Group, resolve
-from pretrain.objectives.tiles import blocks
+from pretrain.objectives.functional.tiles import blocks
 
 
 @torch.no_grad()

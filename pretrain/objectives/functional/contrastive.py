@@ -23,7 +23,7 @@ from pretrain.distributed.collectives import (
     row_counts,
 )
 from pretrain.distributed.groups import Group, resolve
-from pretrain.objectives.tiles import Scores, gradients, normalise
+from pretrain.objectives.functional.tiles import Scores, gradients, normalise
 
 
 class Pairs(NamedTuple):

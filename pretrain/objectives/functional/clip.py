@@ -1,13 +1,6 @@
-"""The losses as plain functions of tensors: no model, no trainer, no configuration.
+"""The contrastive loss of CLIP and the ranks of retrieval: arguments checked, tiles chosen.
 
-What all of them share. `group` says who takes part (pretrain.distributed.groups): None, LOCAL or a process
-group. The value is the mean over the global batch, on every rank. The gradient is W × this rank's share for
-every input, the temperature included, so that the mean over ranks that DDP takes is the gradient of the
-global mean. Inside is at least float32, autocast or not; float64 stays float64; gradients come back in the
-inputs' dtypes. Every rank of the group must make the call, forward and backward, one whose batch is empty
-too. On a GPU, `torch.backends.cuda.matmul` decides whether float32 products use TF32, as everywhere in torch.
-
-Contrastive losses are computed tile by tile (`tiles.py`): memory grows with N, never with N².
+Both are computed tile by tile (`tiles.py`): memory grows with N, never with N².
 """
 
 from __future__ import annotations
@@ -16,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pretrain.distributed.groups import Group
-from pretrain.objectives import contrastive
-from pretrain.objectives.ranks import ranks
+from pretrain.objectives.functional import contrastive
+from pretrain.objectives.functional.ranks import ranks
 
 CPU_TILE = 1024  # 4 MiB of float32: near a core's L2
 GPU_TILE = 4096  # 64 MiB of float32: large enough that the matrix product, not its launch, takes the time
