@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # faiss-cpu and faiss-gpu share a folder: one of the two, chosen by whether there is a GPU
 FAISS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
-BENCHMARKS := contrastive_loss order tar_reading decode pipeline clip_step trainer checkpoint exact_search
+BENCHMARKS := contrastive_loss order tar_reading decode swav_views pipeline clip_step trainer checkpoint exact_search
 
 .PHONY: install demo test lint bench control ci-deps clean
 install: .venv/installed
@@ -28,7 +28,6 @@ lint: install
 
 # every benchmark beside its peer; figures are kept under benchmarks/results/
 bench: install
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(FAISS),test,bench]'
 	@for b in $(BENCHMARKS); do \
 	  echo "== $$b"; OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$b --json benchmarks/results/$$b.json || exit 1; done
 

@@ -28,7 +28,7 @@ from pretrain.errors import UserError
 from pretrain.models.request import FeatureRequest
 from pretrain.models.trunk import build_trunk
 from pretrain.objectives.functional import clip_loss
-from pretrain.optim.adamw import build_adamw
+from pretrain.optim.build import build_optimizer
 from pretrain.recipe import OptimizerRecipe
 from pretrain.views.decode import decode
 from pretrain.views.geometry import eval_crop
@@ -93,7 +93,7 @@ def our_step(peer: nn.Module, images: Tensor, tokens: Tensor) -> Callable[[], Te
     trunk.to(images.device)
     logit_scale = nn.Parameter(scale.to(images.device))
     recipe = OptimizerRecipe(lr=1e-6, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
-    optimizer = build_adamw({**dict(trunk.named_parameters()), "logit_scale": logit_scale}, recipe)
+    optimizer = build_optimizer({**dict(trunk.named_parameters()), "logit_scale": logit_scale}, recipe)
 
     def step() -> Tensor:
         optimizer.zero_grad(set_to_none=True)

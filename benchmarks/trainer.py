@@ -19,18 +19,17 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.common import parser, report
-from pretrain.backends.ddp import DDP
-from pretrain.backends.replicated import Replicated
 from pretrain.distributed.flags import SharedFlags
 from pretrain.distributed.process import Process
 from pretrain.models.trunk import build_trunk
-from pretrain.objectives import build
+from pretrain.objectives.clip import Clip
 from pretrain.objectives.functional import clip_loss
-from pretrain.objectives.joint import Joint
-from pretrain.optim.adamw import build_adamw
+from pretrain.optim.build import build_optimizer
+from pretrain.optim.schedule import Rates
+from pretrain.parts import assemble
 from pretrain.reader import Batch
 from pretrain.recipe import parse_recipe
-from pretrain.step import TwoStage, update
+from pretrain.step import update
 from pretrain.telemetry import RunLog
 from tests.ranks import run_ranks
 
@@ -84,9 +83,8 @@ def _bare(rank: int):
         build_trunk(recipe.model, seed=0), broadcast_buffers=False, gradient_as_bucket_view=True
     )
     scale = torch.nn.Parameter(torch.tensor([2.659]))
-    optimizer = build_adamw({**dict(trunk.named_parameters()), "scale": scale}, recipe.optimizer)
-    joint, data = Joint(build(recipe.objectives)), batch(rank)
-    image, text = joint.requests()
+    optimizer = build_optimizer({**dict(trunk.named_parameters()), "scale": scale}, recipe.optimizer)
+    data, image, text = batch(rank), Clip.image, Clip.text
     inputs = {image: data.images["clip"], text: data.tokens["caption"]}
 
     def loop() -> None:
@@ -103,20 +101,20 @@ def _bare(rank: int):
 
 def _ours(rank: int, world: int, folder: Path):
     recipe, process = parse_recipe(RECIPE, "bench"), Process(rank, world, 0, torch.device("cpu"))
-    joint = Joint(build(recipe.objectives))
-    backend = DDP(build_trunk(recipe.model, seed=0), recipe, process)
-    replicated = Replicated(joint, recipe.optimizer, process)
-    two_stage = TwoStage(backend, joint, accumulation=1, seed=0, rank=rank, group=None)
+    parts = assemble(recipe, samples=64, process=process)
     log = RunLog(folder, total_steps=1000, rank=rank, tensorboard=False)
     flags, data = SharedFlags(("stop",), world), batch(rank)
+    rates = Rates(lr=1e-4, weight_decay=recipe.optimizer.weight_decay)
 
     def loop() -> None:
         for i in range(STEPS):
-            joint.before_step(i)
-            result = two_stage(data)
-            grad_norm = update(backend, replicated, joint, result, step=i, lr=1e-4, clip_norm=None)
+            parts.joint.before_step(i)
+            result = parts.two_stage(data)
+            grad_norm = update(
+                parts.backend, parts.replicated, parts.joint, result, step=i, rates=rates, clip_norm=None
+            )
             if i == STEPS - 1:
-                line = {"loss": result.loss, **result.figures, "lr": 1e-4, "grad_norm": grad_norm}
+                line = {"loss": result.loss, **result.figures, "lr": rates.lr, "grad_norm": grad_norm}
                 log.step(i + 1, line)
             flags.exchange(set())
 

@@ -13,6 +13,8 @@ VERBS = {
     "retrieval": "downstream.cli_retrieval",
     "knn": "downstream.cli_knn",
     "zeroshot": "downstream.cli_zeroshot",
+    "spectrum": "downstream.cli_spectrum",
+    "relations": "downstream.cli_relations",
     "report": "downstream.cli_report",
 }
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from pretrain.errors import UserError
-from pretrain.order import SampleOrder
+from pretrain.order import BalancedOrder, Order, SampleOrder
 from pretrain.recipe import Recipe
+from pretrain.shards.labels import source_labels
 from pretrain.shards.source import Source, open_source
 
+INDEXED_SAMPLES = 4_000_000  # whose indexes a rank keeps (about 80 bytes each) when any may be asked for next
 
-def open_data(recipe: Recipe) -> tuple[list[Source], SampleOrder]:
+
+def open_data(recipe: Recipe) -> tuple[list[Source], Order]:
     """The sources of a recipe and the order their samples are seen in.
 
     Raises:
-        UserError: a shard is missing, a source is empty, the batch is larger than the data, weights do not fit.
+        UserError: a shard is missing, a source is empty, the batch is larger than the data, weights or classes
+            do not fit.
     """
+    if recipe.data.classes_per_batch is not None:
+        return _balanced(recipe, recipe.data.classes_per_batch)
     sources = [open_source(s.shards) for s in recipe.data.sources]
     weights = [s.weight for s in recipe.data.sources if s.weight is not None]
     if weights and len(weights) < len(sources):
@@ -26,5 +32,24 @@ def open_data(recipe: Recipe) -> tuple[list[Source], SampleOrder]:
         segments=[(s.from_step, s.weights) for s in recipe.data.segments],
         block=recipe.data.block,
         window=recipe.data.window,
+    )
+    return sources, order
+
+
+def _balanced(recipe: Recipe, classes_per_batch: int) -> tuple[list[Source], BalancedOrder]:
+    """Every class alike, so nothing else may say what share a sample has of a batch."""
+    weighted = any(s.weight is not None for s in recipe.data.sources)
+    keys = {"data.sources weight": weighted, "data.segments": recipe.data.segments, "data.block": recipe.data.block}
+    if given := [name for name, value in keys.items() if value]:
+        raise UserError(
+            f"data.classes_per_batch gives every class the same share of a batch, whatever source and place its "
+            f"samples are of: take {' and '.join(given)} out of the recipe, or data.classes_per_batch"
+        )
+    sources = [open_source(s.shards) for s in recipe.data.sources]
+    for source in sources:
+        source.keep_indexes(INDEXED_SAMPLES // len(sources))
+    labels = [source_labels(source) for source in sources]
+    order = BalancedOrder(
+        labels, seed=recipe.seed, global_batch=recipe.global_batch, classes_per_batch=classes_per_batch
     )
     return sources, order

@@ -50,7 +50,7 @@ class Encoder:
         precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
         self.model = model
-        self.dim = model.embed_dim
+        self.dim = trunk.embed_dim
         self.image_size = model.image_size
         self.has_text = model.text is not None
         self.device = _device(device)
@@ -72,6 +72,8 @@ class Encoder:
 
     def _space(self) -> dict[str, Any]:
         model = self.model.model_dump(mode="json", exclude={"sync_batchnorm": True, "text": {"dropout"}})
+        if self.model.eval_resize in (None, self.image_size):  # the same pixels, whether it is said or not
+            del model["eval_resize"]
         return {**RULES, "model": model, "tokenizer": self._tokenizer.digest() if self.has_text else None}
 
     @cached_property
@@ -89,7 +91,7 @@ class Encoder:
             DamagedSample: the image cannot be used.
             UserError: no such file, or an array of another type or shape.
         """
-        return eval_crop(_pixels(image), self.image_size)
+        return eval_crop(_pixels(image), self.image_size, resize=self.model.eval_resize)
 
     def encode_image(self, images: Sequence[ImageLike] | Tensor, *, batch_size: int = 64) -> np.ndarray:
         """(B, dim) float32, unit rows, of a list of images or of preprocessed uint8 (B, 3, S, S).

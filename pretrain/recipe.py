@@ -57,6 +57,8 @@ class DataRecipe(Part):
     """Samples that lie together in a shard and are read at once; null: clamp(N / (16·lanes), 1, 256)."""
     window: int = Field(default=4096, ge=1)
     """Samples a lane shuffles among."""
+    classes_per_batch: int | None = Field(default=None, ge=1)
+    """P: every global batch holds P classes with global_batch / P samples each; null: the plain order."""
     threads: int = Field(default=2, ge=1)
     """Decoding threads a rank."""
     prefetch: int = Field(default=2, ge=1)
@@ -90,12 +92,15 @@ class ModelRecipe(Part):
     """Any timm model name."""
     image_size: int = Field(default=224, ge=8)
     """Side of the square crop, pixels."""
+    eval_resize: int | None = Field(default=None, ge=8)
+    """Shortest side in pixels before the centre crop of image_size at evaluation; null: image_size itself, as CLIP.
+    SwAV, DINO and tables of kNN have 256 for 224."""
     image_kwargs: dict[str, Any] = {}
     """Passed to timm (depth, dropout, …)."""
     text: TextRecipe | None = TextRecipe()
     """null for an image-only trunk."""
-    embed_dim: int = Field(default=512, ge=1)
-    """Width of the shared space."""
+    embed_dim: int | None = Field(default=512, ge=1)
+    """Width of the shared space. null: no projection, the embedding is the image tower's pooled features."""
     activation: Literal["gelu", "quick_gelu"] = "gelu"
     """quick_gelu is what OpenAI's weights were trained with."""
     mean: tuple[float, float, float] = OPENAI_MEAN
@@ -103,23 +108,57 @@ class ModelRecipe(Part):
     sync_batchnorm: bool = True
     """BatchNorm over the global batch; without effect on towers that have none."""
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> ModelRecipe:
+        if self.embed_dim is None and self.text is not None:
+            raise ValueError(
+                "model.embed_dim null (no projection) goes with model.text null: a text tower needs a shared space"
+            )
+        if self.eval_resize is not None and self.eval_resize < self.image_size:
+            raise ValueError(f"model.eval_resize {self.eval_resize} is less than model.image_size {self.image_size}")
+        return self
+
 
 class OptimizerRecipe(Part):
-    """AdamW as CLIP used it. Vectors and scalars (norms, biases, temperature) are not decayed."""
+    """AdamW as CLIP used it, SGD, or LARS: of the trunk and of the objectives' own parameters alike."""
 
+    name: Literal["adamw", "sgd", "lars"] = "adamw"
+    """lars: SGD with every tensor's gradient scaled to the tensor's length, as SwAV (apex's LARC, not clipped)."""
     lr: float = Field(default=5e-4, gt=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's."""
     eps: float = 1e-6
+    """AdamW's."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of sgd and lars; the learning rate is outside of it, as torch has it."""
+    nesterov: bool = False
+    """Of sgd and lars: look one step of momentum ahead."""
+    trust_coefficient: float = Field(default=0.001, gt=0)
+    """Of lars: length of an update, relative to the tensor, at learning rate 1."""
     weight_decay: float = Field(default=0.2, ge=0)
+    """Decoupled in adamw; in sgd and lars it is added to the gradient."""
+    weight_decay_final: float | None = Field(default=None, ge=0)
+    """Half a cosine from weight_decay to this over the run, as DINO; null: constant."""
+    exclude_vectors: bool = True
+    """Norms, biases and scalars are neither decayed nor, under lars, adapted. SwAV's own runs have false."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest joint gradient norm of trunk and objectives; null: no clipping."""
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> OptimizerRecipe:
+        if self.nesterov and not self.momentum:
+            raise ValueError("optimizer.nesterov needs optimizer.momentum above 0")
+        return self
 
 
 class ScheduleRecipe(Part):
     """Learning rate by step: linear warm-up, then half a cosine to `final`."""
 
     warmup_steps: int = Field(default=0, ge=0)
+    warmup_start: float | None = Field(default=None, ge=0, le=1)
+    """Share of the peak at step 0; the warm-up then is np.linspace(start, peak, warmup_steps), both ends included, as
+    SwAV. null: peak/warmup_steps at step 0, as CLIP."""
     final: float = Field(default=0.0, ge=0, le=1)
     """Share of the peak reached at the last step."""
 

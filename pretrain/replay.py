@@ -17,22 +17,18 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pretrain.backends.ddp import DDP
-from pretrain.backends.replicated import Replicated
 from pretrain.checkpoint import Checkpoint, find_latest
 from pretrain.data import open_data
 from pretrain.distributed.process import Process
 from pretrain.distributed.syncbn import frozen_statistics
 from pretrain.errors import UserError
-from pretrain.models.trunk import build_trunk
-from pretrain.objectives import build
 from pretrain.objectives.base import Features
-from pretrain.objectives.joint import Joint
-from pretrain.optim.schedule import lr_at
+from pretrain.optim.schedule import rates_at
+from pretrain.parts import assemble
 from pretrain.reader import Batch, Reader
 from pretrain.recipe import Recipe
 from pretrain.run import RunFolder
-from pretrain.step import TwoStage, seed_draws, update
+from pretrain.step import seed_draws, update
 from pretrain.telemetry import read_log
 from pretrain.views.tokenizer import ClipTokenizer
 
@@ -87,15 +83,15 @@ def replay(run: Path, step: int, *, advance: bool = False) -> Replayed:
         raise UserError(
             f"{folder.checkpoints} holds no checkpoint from before step {step}; --advance trains up to it from nothing"
         )
-    joint = Joint(build(recipe.objectives))
+    state = _State(recipe, order.samples, checkpoint)
+    joint = state.parts.joint
     tokenizer = ClipTokenizer(recipe.model.text.context) if recipe.model.text else None
     views = joint.image_views(recipe.model.image_size), joint.text_views()
     reader = Reader(sources, order, *views, tokenizer, seed=recipe.seed, threads=recipe.data.threads, max_damaged=1.0)
     try:
-        state = _State(recipe, joint, checkpoint)
         if advance:
             state.advance(reader, index, total)
-        batch = reader.batch(index)
+        batch = reader.batch(index).to("cpu")
     finally:
         reader.close()
     shards = [str(sources[s].shards[int(sources[s].locate(i[None])[0][0])]) for s, i in zip(batch.source, batch.ids)]
@@ -106,28 +102,25 @@ def replay(run: Path, step: int, *, advance: bool = False) -> Replayed:
 class _State:
     """A run's weights in one process."""
 
-    def __init__(self, recipe: Recipe, joint: Joint, checkpoint: Checkpoint | None) -> None:
-        process = Process(0, 1, 0, torch.device("cpu"))
-        self.recipe, self.joint = recipe, joint
+    def __init__(self, recipe: Recipe, samples: int, checkpoint: Checkpoint | None) -> None:
+        self.recipe = recipe
         self.world = checkpoint.meta["world"] if checkpoint else recipe.world or 1
-        self.backend = DDP(build_trunk(recipe.model, seed=recipe.seed), recipe, process)
-        self.replicated = Replicated(joint, recipe.optimizer, process)
+        self.parts = assemble(recipe, samples, Process(0, 1, 0, torch.device("cpu")))
         self.step = 0
         if checkpoint is not None:
-            self.backend.load(checkpoint)
-            self.replicated.load(checkpoint)
+            self.parts.load(checkpoint)
             self.step = checkpoint.step
 
     def advance(self, reader: Reader, step: int, total: int) -> None:
         """Train up to `step`, on the same global batches."""
-        two_stage = self._two_stage()
+        parts = self.parts
         for batch in reader.stream(self.step, step):
-            self.joint.before_step(batch.step)
-            result = two_stage(batch)
-            lr = lr_at(batch.step, total, self.recipe.optimizer.lr, self.recipe.schedule)
+            parts.joint.before_step(batch.step)
+            result = parts.two_stage(batch.to("cpu"))
+            rates = rates_at(batch.step, total, self.recipe)
             update(
-                self.backend, self.replicated, self.joint, result,
-                step=batch.step, lr=lr, clip_norm=self.recipe.optimizer.clip_norm,
+                parts.backend, parts.replicated, parts.joint, result,
+                step=batch.step, rates=rates, clip_norm=self.recipe.optimizer.clip_norm,
             )  # fmt: skip
             self.step = batch.step + 1
 
@@ -137,26 +130,24 @@ class _State:
 
         With synchronised BatchNorm the ranks' rows go through together, and dropout draws are rank 0's.
         """
-        inputs = self._two_stage().inputs(batch)
+        backend, joint = self.parts.backend, self.parts.joint
+        inputs = self.parts.two_stage.inputs(batch)
         features: Features = {}
-        with frozen_statistics(self.backend.trunk):
+        joint.before_step(batch.step)
+        with frozen_statistics(backend.trunk), frozen_statistics(joint):
             for rank, micro, rows in self._forwards(len(batch)):
                 seed_draws(self.recipe.seed, batch.step, rank, micro)
-                for r, feature in self.backend.forward({r: x[rows] for r, x in inputs.items()}).items():
+                for r, feature in backend.forward({r: x[rows] for r, x in inputs.items()}).items():
                     features.setdefault(r, feature.new_empty(len(batch), *feature.shape[1:]))[rows] = feature
-        return {name: o.options.weight * o.sample_losses(features, batch) for name, o in self.joint.by_name.items()}
+            return joint.sample_losses(features, batch)
 
     def _forwards(self, batch: int) -> list[tuple[int, int, Tensor]]:
         """(rank, micro-step, rows) of every forward of the step."""
         rows = torch.arange(batch).view(self.world, self.recipe.accumulation, -1)
-        has_norm = any(isinstance(m, _BatchNorm) for m in self.backend.trunk.modules())
+        has_norm = any(isinstance(m, _BatchNorm) for m in self.parts.backend.trunk.modules())
         if has_norm and self.recipe.model.sync_batchnorm:
             return [(0, m, rows[:, m].flatten()) for m in range(self.recipe.accumulation)]
         return [(r, m, rows[r, m]) for r in range(self.world) for m in range(self.recipe.accumulation)]
-
-    def _two_stage(self) -> TwoStage:
-        accumulation, seed = self.recipe.accumulation, self.recipe.seed
-        return TwoStage(self.backend, self.joint, accumulation=accumulation, seed=seed, rank=0, group=None)
 
 
 def write_page(replayed: Replayed, out: Path, top: int) -> None:

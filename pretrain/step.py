@@ -7,6 +7,7 @@ batch, and every micro-batch is run again with its random numbers restored to ta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from pretrain.distributed.syncbn import frozen_statistics
 from pretrain.models.request import FeatureRequest
 from pretrain.objectives.base import Features
 from pretrain.objectives.joint import Joint
+from pretrain.optim.schedule import Rates
 from pretrain.philox import key
 from pretrain.reader import Batch
 
@@ -44,6 +46,7 @@ class TwoStage:
         self.backend, self.joint = backend, joint
         self.accumulation, self.seed, self.rank, self.group = accumulation, seed, rank, group
         self.requests = joint.requests()
+        self.taught = [r for r in self.requests if not r.teacher]
 
     def __call__(self, batch: Batch) -> StepResult:
         """Gradients of the global mean loss into the backend's and the objectives' parameters."""
@@ -51,7 +54,7 @@ class TwoStage:
             features = self.features(batch, 0)
             leaves = _leaves(features)
             loss, figures = self._score(leaves, batch)
-            self._send_back(features, {r: leaf.grad for r, leaf in leaves.items()})
+            self._send_back(features, {r: leaves[r].grad for r in self.taught})
             return StepResult(loss, figures, _detached(leaves))
         micro = self._micro_batches(batch)
         with torch.no_grad():
@@ -61,19 +64,19 @@ class TwoStage:
         self._second_pass(micro, leaves)
         return StepResult(loss, figures, _detached(leaves))
 
-    def inputs(self, batch: Batch) -> dict[FeatureRequest, Tensor]:
+    def inputs(self, batch: Batch, requests: Sequence[FeatureRequest] | None = None) -> dict[FeatureRequest, Tensor]:
         """What the trunk reads for every request."""
         views = {"image": batch.images, "text": batch.tokens}
-        return {r: views[r.tower][r.view] for r in self.requests}
+        return {r: views[r.tower][r.view] for r in self.requests if requests is None or r in requests}
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         size = len(batch.weight) // self.accumulation
         return [batch.rows(i * size, (i + 1) * size) for i in range(self.accumulation)]
 
-    def features(self, batch: Batch, micro: int) -> Features:
+    def features(self, batch: Batch, micro: int, requests: Sequence[FeatureRequest] | None = None) -> Features:
         """Features of one micro-batch, with the random draws that are its own."""
         seed_draws(self.seed, batch.step, self.rank, micro)
-        return self.backend.forward(self.inputs(batch))
+        return self.backend.forward(self.inputs(batch, requests))
 
     def _score(self, leaves: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor | float]]:
         loss, figures = self.joint.loss(leaves, batch, self.group)
@@ -84,9 +87,10 @@ class TwoStage:
         size = len(micro[0].weight)
         for i, m in enumerate(micro):
             rows = slice(i * size, (i + 1) * size)
-            part = {r: None if leaf.grad is None else leaf.grad[rows] for r, leaf in leaves.items()}
+            gradients = {r: leaves[r].grad for r in self.taught}
+            part = {r: None if g is None else g[rows] for r, g in gradients.items()}
             with self.backend.micro_step(last=i == len(micro) - 1), frozen_statistics(self.backend.trunk):
-                self._send_back(self.features(m, i), part)
+                self._send_back(self.features(m, i, self.taught), part)
 
     def _send_back(self, features: Features, gradients: dict[FeatureRequest, Tensor | None]) -> None:
         # a feature the loss did not use (an absent field) still goes back, as zeros: DDP waits for all of them
@@ -106,7 +110,7 @@ def update(
     result: StepResult,
     *,
     step: int,
-    lr: float,
+    rates: Rates,
     clip_norm: float | None,
 ) -> Tensor:
     """Reduce, clip and step; the joint gradient norm of trunk and objectives before clipping.
@@ -120,8 +124,11 @@ def update(
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm or torch.inf)
     if not torch.isfinite(norm + result.loss):
         raise NonFiniteError(result.loss.item(), norm.item())
-    backend.step(lr)
-    replicated.step(lr)
+    backend.step(rates)
+    replicated.step(rates)
+    momentum = joint.teacher_momentum(step)
+    if momentum is not None:
+        backend.update_teacher(momentum, step)
     joint.after_step(step)
     return norm
 
@@ -134,7 +141,7 @@ class NonFiniteError(Exception):
 
 
 def _leaves(features: Features) -> Features:
-    return {r: f.detach().requires_grad_() for r, f in features.items()}
+    return {r: f.detach().requires_grad_(not r.teacher) for r, f in features.items()}
 
 
 def _detached(features: Features) -> Features:

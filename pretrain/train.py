@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pretrain.backends.ddp import DDP
 from pretrain.backends.replicated import Replicated
@@ -32,14 +33,13 @@ from pretrain.data import open_data
 from pretrain.distributed.collectives import all_gather_rows
 from pretrain.distributed.flags import SharedFlags
 from pretrain.distributed.process import Process
-from pretrain.distributed.syncbn import convert
 from pretrain.errors import UserError
-from pretrain.models.trunk import build_trunk
-from pretrain.objectives import build
+from pretrain.models.request import FeatureRequest
 from pretrain.objectives.base import Features
 from pretrain.objectives.joint import Joint
-from pretrain.optim.schedule import lr_at
-from pretrain.order import SampleOrder
+from pretrain.optim.schedule import rates_at
+from pretrain.order import Order
+from pretrain.parts import Parts, assemble
 from pretrain.reader import Reader
 from pretrain.recipe import Recipe, check_split
 from pretrain.run import RunFolder
@@ -79,11 +79,11 @@ def _loop(run: _Run) -> bool:
         result = run.two_stage(batch)
 
         # ---- reduce, clip, step
-        lr = lr_at(batch.step, run.total, recipe.optimizer.lr, recipe.schedule)
+        rates = rates_at(batch.step, run.total, recipe)
         with run.explained(batch.step):
             grad_norm = update(
                 run.backend, run.replicated, run.joint, result,
-                step=batch.step, lr=lr, clip_norm=recipe.optimizer.clip_norm,
+                step=batch.step, rates=rates, clip_norm=recipe.optimizer.clip_norm,
             )  # fmt: skip
 
         # ---- log
@@ -95,10 +95,11 @@ def _loop(run: _Run) -> bool:
         signals = last or done % recipe.log.signals_every == 0
         if signals or done % recipe.log.every == 0 or done == run.start + 1:
             line: dict[str, Any] = {"samples_seen": done * recipe.global_batch, "epoch": run.order.epoch_of(done)}
-            line |= {"loss": result.loss, **result.figures, "lr": lr, "grad_norm": grad_norm}
+            line |= {"loss": result.loss, **result.figures, "lr": rates.lr, "grad_norm": grad_norm}
             if signals:
                 line |= run.embedding_signals(result.features)
             run.log.step(done, line | clock.read(done, run.reader.data_wait_s()))
+            run.warn(batch.step, result.figures)
 
         # ---- save; a signal that reached any rank stops all of them here, at the same step
         stop = "stop" in run.flags.exchange(run.raised)
@@ -117,7 +118,7 @@ class _Run:
     recipe: Recipe
     process: Process
     folder: RunFolder
-    order: SampleOrder
+    order: Order
     reader: Reader
     joint: Joint
     backend: DDP
@@ -129,6 +130,7 @@ class _Run:
     start: int
     total: int
     raised: set[str] = field(default_factory=set)
+    warned: set[str] = field(default_factory=set)
     logged_save: int | None = None
 
     def save(self, step: int) -> None:
@@ -158,16 +160,25 @@ class _Run:
         return self.backend.fragments() + self.replicated.fragments()
 
     def embedding_signals(self, features: Features) -> dict[str, float]:
-        """RankMe and spread of the image embeddings of the global batch; gathered from all ranks, on all ranks."""
+        """RankMe and spread of the image features of the global batch; gathered from all ranks, on all ranks.
+
+        Of the embedding and of the pooled features, each in the first view that gives it.
+        """
         found: dict[str, float] = {}
-        for request, feature in features.items():
-            if request.tower == "image" and request.output == "embedding":
-                rows = all_gather_rows(feature)
-                found |= {
-                    f"rankme/{request.view}": rankme(rows),
-                    f"embedding_std/{request.view}": embedding_std(rows),
-                }
+        for request, name in _first_views(features).items():
+            rows = all_gather_rows(features[request])
+            found |= {f"rankme/{name}": rankme(rows), f"embedding_std/{name}": embedding_std(rows)}
         return found
+
+    def warn(self, step: int, figures: Mapping[str, Tensor | float]) -> None:
+        """Say once what the objectives' figures warn of, and note it in the log."""
+        if not self.process.first:
+            return
+        for line in self.joint.warnings({name: float(figure) for name, figure in figures.items()}, step):
+            if line not in self.warned:
+                self.warned.add(line)
+                log.warning(f"step {step + 1}: {line}")
+                self.log.event("warning", step=step + 1, message=line)
 
     @contextmanager
     def explained(self, step: int) -> Iterator[None]:
@@ -193,6 +204,15 @@ class _Run:
             log.warning("stopped by a signal and saved; the same command goes on from there")
 
 
+def _first_views(features: Features) -> dict[FeatureRequest, str]:
+    """The image features that signals are read from, and what they are called."""
+    found: dict[str, FeatureRequest] = {}
+    for request in features:
+        if request.tower == "image" and request.from_layer is None and not request.teacher:
+            found.setdefault(request.output, request)
+    return {r: r.view if output == "embedding" else f"{r.view}.{output}" for output, r in found.items()}
+
+
 def _setup(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitStack) -> _Run | None:
     try:
         check_split(recipe.global_batch, process.world, recipe.accumulation)
@@ -203,13 +223,9 @@ def _setup(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
     sources, order = open_data(recipe)
     total = recipe.total_steps(order.samples)
 
-    joint = Joint(build(recipe.objectives))
-    trunk = build_trunk(recipe.model, seed=recipe.seed)
-    if process.world > 1 and recipe.model.sync_batchnorm:
-        convert(trunk)
-    backend = DDP(trunk, recipe, process)
-    replicated = Replicated(joint, recipe.optimizer, process)
-    start = _resume(folder, process, order, backend, replicated)
+    parts = assemble(recipe, order.samples, process)
+    joint, backend, two_stage = parts.joint, parts.backend, parts.two_stage
+    start = _resume(folder, process, order, parts)
     if start >= total:
         return None
     reader = Reader(
@@ -227,9 +243,6 @@ def _setup(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
         on_damage=folder.note_damage,
     )
     cleanup.callback(reader.close)
-    two_stage = TwoStage(
-        backend, joint, accumulation=recipe.accumulation, seed=recipe.seed, rank=process.rank, group=None
-    )
     if process.world > 1:
         micro = recipe.global_batch // (process.world * recipe.accumulation)
         backend.warm_up(two_stage.inputs(reader.batch(start).rows(0, micro).to(process.device)))
@@ -254,7 +267,7 @@ def _setup(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
     )
     cleanup.callback(run_log.close)
     run = _Run(
-        recipe, process, folder, order, reader, joint, backend, replicated, two_stage, writer, run_log,
+        recipe, process, folder, order, reader, joint, backend, parts.replicated, two_stage, writer, run_log,
         SharedFlags(("stop",), process.world), start, total,
     )  # fmt: skip
     _listen(run, cleanup)
@@ -262,7 +275,7 @@ def _setup(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
     return run
 
 
-def _resume(folder: RunFolder, process: Process, order: SampleOrder, backend: DDP, replicated: Replicated) -> int:
+def _resume(folder: RunFolder, process: Process, order: Order, parts: Parts) -> int:
     # rank 0 checks every byte and tells the others which one it is: all load the same, or none
     step = None
     if process.first:
@@ -273,8 +286,7 @@ def _resume(folder: RunFolder, process: Process, order: SampleOrder, backend: DD
         return 0
     checkpoint = open_checkpoint(step_dir(folder.checkpoints, step))
     order.check_continues(checkpoint.meta["order"], checkpoint.step)
-    backend.load(checkpoint)
-    replicated.load(checkpoint)
+    parts.load(checkpoint)
     return checkpoint.step
 
 

@@ -11,6 +11,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from pretrain.objectives.base import RunFacts
+
 WORDS = ("red", "green", "blue", "round", "small", "large", "dark", "bright")
 
 VIT = {
@@ -72,3 +74,7 @@ def recipe_data(shards: Path, output: Path, **changes: Any) -> dict[str, Any]:
 def write_recipe(path: Path, data: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(data))
     return path
+
+
+FACTS = RunFacts(pooled_dim=16, global_batch=12, total_steps=8, samples=60, seed=0)
+"""What a run of `recipe_data` tells its objectives."""

@@ -44,6 +44,16 @@ TASKS = {
         "Each test image takes the class its nearest labelled images vote for; no label was trained on.",
         ("k20_acc1", "k200_acc1"),
     ),
+    "spectrum": Task(
+        "Spectrum of the features",
+        "How many directions the features use, in the encoder and behind its projector. No label is used.",
+        (),
+    ),
+    "class_relations": Task(
+        "Relations of classes",
+        "What the gates of Hydra say of the classes they were trained on. No image is used.",
+        (),
+    ),
 }
 
 _CLASS_MEAN = "The share of right answers of each class, averaged: rare classes weigh as much as common ones."
@@ -83,6 +93,34 @@ _PATTERNS: tuple[tuple[str, Meaning], ...] = (
     (r"k(?P<k>\d+)_mean_per_class_recall", Meaning("class mean, k = {k}", _CLASS_MEAN)),
     (r"acc(?P<n>\d+)", Meaning("top-{n}", "Share of images whose class name comes {among} by nearness.")),
     (r"mean_per_class_recall", Meaning("class mean", _CLASS_MEAN)),
+    (
+        r"(?P<part>encoder|projector)_rankme",
+        Meaning("{part}, RankMe", "Effective rank of the features as they are: 1 is collapse.", "plain"),
+    ),
+    (
+        r"(?P<part>encoder|projector)_effective_rank",
+        Meaning("{part}, effective rank", "Of the covariance: how evenly its directions are used.", "plain"),
+    ),
+    (
+        r"(?P<part>encoder|projector)_directions",
+        Meaning("{part}, directions", "Directions above a thousandth of the strongest.", "plain"),
+    ),
+    (
+        r"openness_own",
+        Meaning("openness, one class", "Share of dimensions that a class opens with itself, mean of all."),
+    ),
+    (
+        r"openness_pairs",
+        Meaning("openness, two classes", "Share of dimensions that two classes open, mean of all pairs."),
+    ),
+    (
+        r"gate_entropy",
+        Meaning("gate entropy", "0: every gate is open or closed; 0.693: all stand half open.", "plain"),
+    ),
+    (
+        r"relation_spread",
+        Meaning("spread of relations", "Root mean square relation of two classes; 0: all have one gate.", "plain"),
+    ),
 )
 
 

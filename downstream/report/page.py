@@ -21,7 +21,10 @@ from downstream.report.sections import Pictures, section
 from downstream.report.style import CSS, JS
 from downstream.report.tables import Column, card, columns
 from downstream.results import Result
+from pretrain.durable import write_text
 from pretrain.errors import UserError
+
+TASK_ORDER = ("zeroshot_retrieval", "zeroshot_classification", "knn", "spectrum", "class_relations")
 
 
 @dataclass
@@ -62,7 +65,7 @@ def collect(places: Iterable[Path]) -> Found:
 
 def evaluations(found: Found, run: str) -> list[Evaluation]:
     """Results sorted into one evaluation for each task and data set, the tasks in their usual order."""
-    order = {name: i for i, name in enumerate(("zeroshot_retrieval", "zeroshot_classification", "knn"))}
+    order = {name: i for i, name in enumerate(TASK_ORDER)}
 
     def key(entry: tuple[Path, Result]) -> tuple:
         return order.get(entry[1].task, len(order)), entry[1].task, entry[1].dataset
@@ -88,6 +91,12 @@ def page(
     done = evaluations(found, run)
     body = [_summary(done), *(section(e.columns, e.pictures, e.anchor) for e in done)]
     body += ['<h2 id="training">Training</h2>', curves.section(lines), _how_to_read(done, found)]
+    head = f"{_facts(facts)}{_navigation(done)}"
+    return document(f"{run} · report", run, head, "".join(body), when)
+
+
+def document(title: str, heading: str, head: str, body: str, when: datetime.datetime | None = None) -> str:
+    """One complete HTML file; `head` and `body` are HTML already."""
     moment = (when or datetime.datetime.now(datetime.UTC)).strftime("%Y-%m-%d %H:%M UTC")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -95,12 +104,23 @@ def page(
         '<meta name="referrer" content="no-referrer">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
-        f"<title>{esc(run)} · report</title><style>{CSS}</style></head><body>"
-        f"<header><div><h1>{isolated(run)}</h1>{_facts(facts)}{_navigation(done)}</div></header>"
-        f"<main>{''.join(body)}</main>"
+        f"<title>{esc(title)}</title><style>{CSS}</style></head><body>"
+        f"<header><div><h1>{isolated(heading)}</h1>{head}</div></header>"
+        f"<main>{body}</main>"
         f"<footer>Written {moment}. This file is complete: nothing is loaded.</footer>"
         f'<div id="tip"></div><script>{JS}</script></body></html>\n'
     )
+
+
+def write_alone(evaluated: Sequence[tuple[Result, Pictures]], folder: Path) -> Path:
+    """A page of one evaluation of one data set, beside its results; the first of them is the one reported."""
+    first = evaluated[0][0]
+    by_result = {id(r): pictures for r, pictures in evaluated}
+    cols = columns([r for r, _ in evaluated], str(first.details.get("run", "")))
+    body = section(cols, [by_result[id(c.result)] for c in cols], "evaluation")
+    path = folder / f"{first.stem}.html"
+    write_text(path, document(f"{task(first.task).title} · {first.pretrained}", first.pretrained, "", body))
+    return path
 
 
 def _facts(facts: Mapping[str, Any]) -> str:

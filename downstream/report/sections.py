@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from downstream.report import confusion, gallery, scatter
+from downstream.report import confusion, gallery, relations, scatter, spectra
 from downstream.report.glossary import task
 from downstream.report.markup import esc, isolated
 from downstream.report.tables import Column, is_untrained, table
@@ -53,6 +53,8 @@ def section(cols: Sequence[Column], pictures: Sequence[Pictures], anchor: str) -
             shown,
         ),
         _confusion(shown.get("confusion")),
+        _spectra(cols, pictures),
+        _relations(shown.get("relations")),
         _maps(cols, pictures, anchor),
     ]
     return "".join(parts)
@@ -99,6 +101,20 @@ def _confusion(data: Mapping[str, Any] | None) -> str:
         f'<div class="two">{drawn}'
         f"<div><h3>Most frequent mistakes</h3>{worst}<h3>Classes found least</h3>{least}</div></div></div>"
     )
+
+
+def _spectra(cols: Sequence[Column], pictures: Sequence[Pictures]) -> str:
+    drawn = spectra.charts([(c.name, c.colour, p["spectrum"]) for c, p in zip(cols, pictures) if p.get("spectrum")])
+    line = (
+        "Singular values of the covariance as shares of the largest, sorted. A line that falls off a cliff is a "
+        "collapse: the features live in the directions before it."
+    )
+    return f'<div class="card"><h3>Spectrum</h3><p class="soft">{esc(line)}</p>{drawn}</div>' if drawn else ""
+
+
+def _relations(data: Mapping[str, Any] | None) -> str:
+    drawn = relations.figure(data) if data else ""
+    return f'<div class="card"><h3>Which classes are alike</h3>{drawn}</div>' if drawn else ""
 
 
 def _maps(cols: Sequence[Column], pictures: Sequence[Pictures], anchor: str) -> str:

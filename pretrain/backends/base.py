@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pretrain.checkpoint import Checkpoint, Fragment
 from pretrain.models.request import FeatureRequest
+from pretrain.optim.schedule import Rates
 
 Inputs = Mapping[FeatureRequest, Tensor]
 
@@ -25,7 +26,7 @@ class Backend(Protocol):
         """Around forward and backward of one micro-batch; gradients are reduced in the last one."""
 
     def forward(self, inputs: Inputs) -> dict[FeatureRequest, Tensor]:
-        """Features in fp32, with the graph unless gradients are off."""
+        """Features in fp32, with the graph unless gradients are off or they are the momentum teacher's."""
 
     def backward(self, features: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Send the features' gradients (W x the local share) back through the trunk."""
@@ -33,8 +34,11 @@ class Backend(Protocol):
     def parameters(self) -> list[nn.Parameter]:
         """Local parameters that carry gradients after `backward`, for the joint norm."""
 
-    def step(self, lr: float) -> None:
-        """One optimizer step at `lr`, then gradients are cleared."""
+    def step(self, rates: Rates) -> None:
+        """One optimizer step at `rates`, then gradients are cleared."""
+
+    def update_teacher(self, momentum: float, step: int) -> None:
+        """Bring the momentum teacher forward after 0-based `step`."""
 
     def fragments(self) -> list[Fragment]:
         """What this rank writes of parameters, buffers and optimizer state."""

@@ -20,10 +20,13 @@ from pretrain.backends.base import Inputs
 from pretrain.backends.state import load_optimizer, optimizer_tensors
 from pretrain.checkpoint import Checkpoint, Fragment, slice_for_rank
 from pretrain.distributed.process import Process
+from pretrain.errors import UserError
+from pretrain.models.momentum import MomentumCopy
 from pretrain.models.request import FeatureRequest
 from pretrain.models.trunk import Trunk
-from pretrain.objectives.base import at_least_fp32
-from pretrain.optim.adamw import build_adamw, set_lr
+from pretrain.objectives.functional.reduction import at_least_fp32
+from pretrain.optim.build import build_optimizer, set_rates
+from pretrain.optim.schedule import Rates
 from pretrain.recipe import Recipe
 from pretrain.weights.native import load_trunk
 
@@ -33,11 +36,12 @@ log = logging.getLogger(__name__)
 class DDP:
     """See `pretrain.backends.base.Backend`."""
 
-    def __init__(self, trunk: Trunk, recipe: Recipe, process: Process) -> None:
+    def __init__(self, trunk: Trunk, recipe: Recipe, process: Process, *, teacher: bool = False) -> None:
         self.trunk = trunk.to(process.device)
+        self.teacher = MomentumCopy(self.trunk) if teacher else None
         self._process = process
         self._autocast_dtype = torch.bfloat16 if recipe.precision == "bf16" else None
-        self._optimizer = build_adamw(dict(trunk.named_parameters()), recipe.optimizer)
+        self._optimizer = build_optimizer(dict(trunk.named_parameters()), recipe.optimizer)
         self._wrapped: nn.Module = _wrap(self.trunk, process.device) if process.world > 1 else self.trunk
 
     def micro_step(self, last: bool) -> AbstractContextManager:
@@ -47,8 +51,19 @@ class DDP:
 
     def forward(self, inputs: Inputs) -> dict[FeatureRequest, Tensor]:
         with torch.autocast(self._process.device.type, self._autocast_dtype, enabled=self._autocast_dtype is not None):
-            features = self._wrapped(inputs)
-        return {request: at_least_fp32(feature) for request, feature in features.items()}
+            features: dict[FeatureRequest, Tensor] = {}
+            for taught in (False, True):  # the teacher first would make no difference: nothing is shared
+                asked = {r: x for r, x in inputs.items() if r.teacher == taught}
+                if asked:
+                    features |= self._module(taught)(asked)
+        return {request: at_least_fp32(features[request]) for request in inputs}
+
+    def _module(self, teacher: bool) -> nn.Module:
+        if not teacher:
+            return self._wrapped
+        if self.teacher is None:
+            raise UserError("an objective reads the momentum teacher, but none says how fast it follows")
+        return self.teacher
 
     def backward(self, features: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         torch.autograd.backward(features, gradients)
@@ -61,6 +76,7 @@ class DDP:
         """
         if self._process.world == 1:
             return
+        inputs = {r: x for r, x in inputs.items() if not r.teacher}
         buffers = {name: b.clone() for name, b in self.trunk.named_buffers()}
         devices = [self._process.device] if self._process.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
@@ -90,18 +106,26 @@ class DDP:
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.trunk.parameters() if p.requires_grad]
 
-    def step(self, lr: float) -> None:
-        set_lr(self._optimizer, lr)
+    def step(self, rates: Rates) -> None:
+        set_rates(self._optimizer, rates)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
+    def update_teacher(self, momentum: float, step: int) -> None:
+        assert self.teacher is not None
+        self.teacher.update(self.trunk, momentum, step)
+
     def fragments(self) -> list[Fragment]:
         tensors = {f"model.{name}": t for name, t in self.trunk.state_dict().items()}
+        if self.teacher is not None:
+            tensors |= {f"teacher.{name}": t for name, t in self.teacher.copy.state_dict().items()}
         tensors |= optimizer_tensors("optim", self._optimizer, dict(self.trunk.named_parameters()))
         return slice_for_rank(tensors, self._process.rank, self._process.world)
 
     def load(self, checkpoint: Checkpoint) -> None:
         load_trunk(self.trunk, checkpoint)
+        if self.teacher is not None:
+            load_trunk(self.teacher.copy, checkpoint, "teacher")
         load_optimizer("optim", self._optimizer, dict(self.trunk.named_parameters()), checkpoint)
 
     def describe(self) -> str:

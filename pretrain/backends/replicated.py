@@ -14,7 +14,9 @@ from pretrain.backends.state import load_optimizer, optimizer_tensors
 from pretrain.checkpoint import Checkpoint, Fragment, slice_for_rank
 from pretrain.distributed.process import Process
 from pretrain.objectives.joint import Joint
-from pretrain.optim.adamw import build_adamw, set_lr
+from pretrain.objectives.pieces.sharded import Sharded
+from pretrain.optim.build import build_optimizer, set_rates
+from pretrain.optim.schedule import Rates
 from pretrain.recipe import OptimizerRecipe
 
 
@@ -24,7 +26,7 @@ class Replicated:
     def __init__(self, joint: Joint, recipe: OptimizerRecipe, process: Process) -> None:
         self._module = joint.members.to(process.device)
         self._process = process
-        self._optimizer = build_adamw(dict(self._module.named_parameters()), recipe) if self.parameters() else None
+        self._optimizer = build_optimizer(dict(self._module.named_parameters()), recipe) if self.parameters() else None
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self._module.parameters() if p.requires_grad]
@@ -42,10 +44,10 @@ class Replicated:
         for p, piece in zip(parameters, flat.split([p.numel() for p in parameters])):
             p.grad = piece.view_as(p)
 
-    def step(self, lr: float) -> None:
-        """One optimizer step at `lr`, then gradients are cleared."""
+    def step(self, rates: Rates) -> None:
+        """One optimizer step at `rates`, then gradients are cleared."""
         if self._optimizer is not None:
-            set_lr(self._optimizer, lr)
+            set_rates(self._optimizer, rates)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
 
@@ -54,9 +56,22 @@ class Replicated:
         if self._optimizer is not None:
             named = dict(self._module.named_parameters())
             tensors |= optimizer_tensors("objective_optim", self._optimizer, named)
-        return slice_for_rank(tensors, self._process.rank, self._process.world)
+        own = [
+            Fragment(name, module.shape, part.dtype, offset, part)
+            for name, module in self._sharded()
+            for offset, part in module.parts()
+        ]
+        return slice_for_rank(tensors, self._process.rank, self._process.world) + own
 
     def load(self, checkpoint: Checkpoint) -> None:
         self._module.load_state_dict({n: checkpoint.read(f"objective.{n}") for n in self._module.state_dict()})
         if self._optimizer is not None:
             load_optimizer("objective_optim", self._optimizer, dict(self._module.named_parameters()), checkpoint)
+        for name, module in self._sharded():
+            for offset, part in module.parts():
+                part.copy_(checkpoint.read_range(name, offset, offset + part.numel()))
+
+    def _sharded(self) -> list[tuple[str, Sharded]]:
+        """State of which this rank holds a part, under the names of tensors in the checkpoint."""
+        modules = self._module.named_modules()
+        return [(f"objective.{n}.held", m) for n, m in modules if isinstance(m, Sharded) and not m.whole]

@@ -25,7 +25,9 @@ from pretrain.recipe import ModelRecipe
 class ImageTower(nn.Module):
     """A timm backbone and its projection to `embed_dim`.
 
-    CLIP's ResNets project inside their attention pool; others get a linear projection without bias.
+    CLIP's ResNets project inside their attention pool; others get a linear projection without bias. With
+    `model.embed_dim: null` nothing projects: the embedding is the pooled features (of CLIP's ResNets too, whose
+    attention pool then has no projection).
     """
 
     def __init__(self, recipe: ModelRecipe) -> None:
@@ -34,8 +36,10 @@ class ImageTower(nn.Module):
         self.mean, self.std = recipe.mean, recipe.std
         self.backbone: Any = _backbone(recipe)  # timm's models share methods, not a type
         self.projection: nn.Linear | None = None
-        if not _projects_itself(self.backbone):
-            self.projection = nn.Linear(self.backbone.head_hidden_size, recipe.embed_dim, bias=False)
+        self.pooled_dim: int = self.backbone.head_hidden_size
+        self.embed_dim: int = recipe.embed_dim or self.pooled_dim
+        if recipe.embed_dim and not _projects_itself(self.backbone):
+            self.projection = nn.Linear(self.pooled_dim, recipe.embed_dim, bias=False)
         init(self)
 
     def forward(self, images: Tensor, outputs: Collection[str | int] = ("embedding",)) -> dict[str | int, Tensor]:
@@ -56,9 +60,13 @@ class ImageTower(nn.Module):
         if {"embedding", "pooled"} & set(outputs):
             found["pooled"] = self.backbone.forward_head(x, pre_logits=True)
         if "embedding" in outputs:
-            project = self.projection or self.backbone.head.proj
-            found["embedding"] = project(found["pooled"])
+            found["embedding"] = self._project(found["pooled"])
         return found
+
+    def _project(self, pooled: Tensor) -> Tensor:
+        if self.projection is not None:
+            return self.projection(pooled)
+        return self.backbone.head.proj(pooled) if _projects_itself(self.backbone) else pooled
 
     def _normalise(self, images: Tensor) -> Tensor:
         """uint8 -> (x / 255 - mean) / std, computed in fp32, in the tower's dtype.
@@ -126,7 +134,8 @@ def _init_resnet(resnet: Any) -> None:
     _reset(resnet)
     pool = resnet.head
     for layer in (pool.q, pool.k, pool.v, pool.proj):
-        nn.init.normal_(layer.weight, std=pool.in_features**-0.5)
+        if isinstance(layer, nn.Linear):  # no projection with model.embed_dim null
+            nn.init.normal_(layer.weight, std=pool.in_features**-0.5)
     nn.init.normal_(pool.pos_embed, std=pool.in_features**-0.5)
     for name, parameter in resnet.named_parameters():
         if name.endswith("conv3_1x1.bn.weight"):  # every residual branch starts as zero
@@ -155,7 +164,7 @@ def _backbone(recipe: ModelRecipe) -> Any:
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
         raise UserError(f"model.image_kwargs: timm cannot build {recipe.image} with {kwargs}: {error}") from None
     if _projects_itself(backbone):
-        backbone.reset_classifier(recipe.embed_dim)  # its projection, with a bias as CLIP's has
+        backbone.reset_classifier(recipe.embed_dim or 0)  # its projection, with a bias as CLIP's has
     return backbone
 
 

@@ -28,9 +28,12 @@ class Trunk(nn.Module):
 
     def __init__(self, model: ModelRecipe) -> None:
         super().__init__()
-        self.embed_dim = model.embed_dim
         self.image = ImageTower(model)
-        self.text = TextTower(model.text, model.embed_dim, model.activation) if model.text else None
+        self.embed_dim: int = self.image.embed_dim
+        """Width of `embedding`."""
+        self.pooled_dim: int = self.image.pooled_dim
+        """Width of the image tower's `pooled`."""
+        self.text = TextTower(model.text, self.embed_dim, model.activation) if model.text else None
 
     def forward(self, inputs: dict[FeatureRequest, Tensor]) -> dict[FeatureRequest, Tensor]:
         """Each request's feature.

@@ -10,21 +10,23 @@ import importlib
 import pkgutil
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from pretrain.errors import UserError
-from pretrain.objectives.base import Objective
+from pretrain.objectives.base import Objective, RunFacts
+from pretrain.philox import key
 
 _NOT_OBJECTIVES = {"base", "joint"}
 
 
-def build(wanted: dict[str, float | dict[str, Any]]) -> dict[str, Objective]:
-    """Objectives of a recipe's `objectives` section, in its order.
+def build(wanted: dict[str, float | dict[str, Any]], facts: RunFacts) -> dict[str, Objective]:
+    """Objectives of a recipe's `objectives` section, in its order; the same weights on every rank.
 
     Raises:
         UserError: no such objective (with the nearest name), or an option it does not know.
     """
-    return {name: _build_one(name, options) for name, options in wanted.items()}
+    return {name: _build_one(name, options, facts) for name, options in wanted.items()}
 
 
 def known() -> list[str]:
@@ -32,13 +34,16 @@ def known() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg and m.name not in _NOT_OBJECTIVES)
 
 
-def _build_one(name: str, options: float | dict[str, Any]) -> Objective:
+def _build_one(name: str, wanted: float | dict[str, Any], facts: RunFacts) -> Objective:
     cls = _find(name)
-    given = {"weight": options} if isinstance(options, int | float) else options
+    given = {"weight": wanted} if isinstance(wanted, int | float) else wanted
     try:
-        return cls(cls.Options.model_validate(given))
+        options = cls.Options.model_validate(given)
     except ValidationError as error:
         raise UserError("\n".join(_explain(name, cls, e) for e in error.errors())) from None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(facts.seed, "objective", name) >> 1)
+        return cls(options, facts)
 
 
 def _find(name: str) -> type[Objective]:
@@ -54,9 +59,10 @@ def _find(name: str) -> type[Objective]:
 
 
 def _explain(name: str, cls: type[Objective], error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+    option = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, cls.Options.model_fields, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(option, cls.Options.model_fields, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(cls.Options.model_fields)}"
-        return f"objectives.{name}: unknown key {key}; {hint}"
-    return f"objectives.{name}.{key}: {error['msg'].removeprefix('Value error, ')}"
+        return f"objectives.{name}: unknown key {option}; {hint}"
+    where = f"objectives.{name}.{option}" if option else f"objectives.{name}"
+    return f"{where}: {error['msg'].removeprefix('Value error, ')}"

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from pretrain.distributed.groups import Group
 from pretrain.models.request import FeatureRequest
-from pretrain.objectives.base import Features, Loss, Objective, ObjectiveOptions, at_least_fp32
+from pretrain.objectives.base import Features, Loss, Objective, ObjectiveOptions, RunFacts
 from pretrain.objectives.functional import clip_loss
+from pretrain.objectives.functional.reduction import at_least_fp32
 from pretrain.views.spec import ImageView, TextView
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ class Clip(Objective):
     image = FeatureRequest("image", "clip")
     text = FeatureRequest("text", "caption")
 
-    def __init__(self, options: ClipOptions) -> None:
-        super().__init__(options)
+    def __init__(self, options: ClipOptions, facts: RunFacts) -> None:
+        super().__init__(options, facts)
         self.logit_scale = nn.Parameter(torch.tensor([-math.log(options.temperature)]))
 
     def image_views(self, size: int) -> list[ImageView]:

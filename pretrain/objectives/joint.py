@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -29,9 +30,15 @@ class Joint(nn.Module):
         """Union of the crops asked for.
 
         Raises:
-            UserError: two objectives give one name to different crops.
+            UserError: two objectives give one name to different crops, or a crop cannot be cut.
         """
-        return _union([(n, v) for n, o in self.by_name.items() for v in o.image_views(size)])
+        asked = []
+        for name, objective in self.by_name.items():
+            try:
+                asked += [(name, view) for view in objective.image_views(size)]
+            except ValueError as error:
+                raise UserError(f"objectives.{name}: {error}") from None
+        return _union(asked)
 
     def text_views(self) -> list[TextView]:
         """Union of the texts asked for; UserError as for `image_views`."""
@@ -47,13 +54,30 @@ class Joint(nn.Module):
         figures: dict[str, Tensor | float] = {}
         for name, objective in self.by_name.items():
             own = objective.loss(features, batch, group)
-            part = objective.options.weight * own.value
+            part = objective.options.weight_at(batch.step) * own.value
             total = part if total is None else total + part
             figures[f"loss/{name}"] = own.value.detach()
             for signal, figure in own.signals.items():
                 figures[f"{name}/{signal}"] = figure
         assert total is not None
         return total, figures
+
+    def sample_losses(self, features: Features, batch: Batch) -> dict[str, Tensor]:
+        """(b,) each sample's share of the joint loss, by objective; see `Objective.sample_losses`."""
+        step = batch.step
+        return {n: o.options.weight_at(step) * o.sample_losses(features, batch) for n, o in self.by_name.items()}
+
+    def teacher_momentum(self, step: int) -> float | None:
+        """The momentum that all objectives with a teacher agree on; None where no one has one.
+
+        Raises:
+            UserError: they do not agree: a run has one teacher.
+        """
+        asked = {name: m for name, o in self.by_name.items() if (m := o.teacher_momentum(step)) is not None}
+        if len(set(asked.values())) > 1:
+            told = ", ".join(f"{name} {momentum:g}" for name, momentum in asked.items())
+            raise UserError(f"objectives: a run has one momentum teacher, but at step {step} they ask for {told}")
+        return next(iter(asked.values()), None)
 
     def before_step(self, step: int) -> None:
         for objective in self.by_name.values():
@@ -62,6 +86,15 @@ class Joint(nn.Module):
     def after_step(self, step: int) -> None:
         for objective in self.by_name.values():
             objective.after_step(step)
+
+    def warnings(self, figures: Mapping[str, float], step: int) -> list[str]:
+        """What the figures of `loss`, as plain numbers, warn of; each line names its objective."""
+        lines = []
+        for name, objective in self.by_name.items():
+            own = {k.removeprefix(f"{name}/"): v for k, v in figures.items() if k.startswith(f"{name}/")}
+            own["loss"] = figures[f"loss/{name}"]
+            lines += [f"{name}: {line}" for line in objective.warnings(own, step)]
+        return lines
 
 
 def _union(asked: list[tuple[str, ImageView]] | list[tuple[str, TextView]]) -> list:

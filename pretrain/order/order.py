@@ -17,14 +17,13 @@ It reads no data and knows no sample keys: an id is a place in the source's line
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from pretrain.errors import UserError
+from pretrain.order.base import Batch, Order, refuse_other
 from pretrain.order.mixture import Mixture
 from pretrain.order.permutation import keyed_hash, permute
 from pretrain.philox import MAX_ID, MAX_SOURCE, key
@@ -37,16 +36,8 @@ MAX_BLOCK = 256
 log = logging.getLogger(__name__)
 
 
-class Batch(NamedTuple):
-    """Rows of one rank at one step: places in the line of their source, that source, its epoch; (b,) each."""
-
-    ids: np.ndarray  # int64
-    source: np.ndarray  # int32
-    epoch: np.ndarray  # int64
-
-
-class SampleOrder:
-    """The order of one run: immutable, cheap to make, the same on every rank.
+class SampleOrder(Order):
+    """Every sample once an epoch, shuffled; several sources in a given mix.
 
     sources: one list of shard lengths (samples) each.
     weights: one number a source; None is proportional to their samples, never below 1 row in 10,000.
@@ -87,9 +78,7 @@ class SampleOrder:
 
         Raises UserError when `world` does not divide the batch.
         """
-        rows = self._rows(rank, world)
-        if step < 0:
-            raise ValueError(f"step must not be negative, got {step}")
+        rows = self._rows(step, rank, world)
         lanes, positions = rows // self._share, step * self._share + rows % self._share
         source, turn = self._mixture.turns(step, lanes, positions)
         start = lanes * self._sizes[source] // self.lanes
@@ -97,10 +86,6 @@ class SampleOrder:
         epoch, place = np.divmod(turn, length)
         line = start + self._shuffled(source, epoch, lanes, place, length)
         return Batch(self._dealt(source, epoch, line), source, epoch)
-
-    def epoch_of(self, step: int) -> float:
-        """Samples seen before `step`, over all samples."""
-        return step * self.global_batch / self.samples
 
     def description(self) -> dict:
         """All that the order depends on, as plain JSON; `mix`: [from_step, rows of each source in 10,000]."""
@@ -114,10 +99,6 @@ class SampleOrder:
             "mix": self._mixture.description(),
         }
 
-    def digest(self) -> str:
-        """sha256 of the description; equal digests give equal batches at every step."""
-        return hashlib.sha256(json.dumps(self.description(), sort_keys=True).encode()).hexdigest()
-
     def check_continues(self, saved: dict, step: int) -> None:
         """Raise UserError, saying what differs, unless the run described by `saved` may go on at `step`.
 
@@ -126,23 +107,10 @@ class SampleOrder:
         ours, theirs = self.description(), dict(saved)
         for description in (ours, theirs):
             description["mix"] = [list(part) for part in description.get("mix", []) if part[0] < step]
-        differing = [name for name in ours if ours[name] != theirs.get(name)]
-        if differing:
-            told = "; ".join(f"{name} was {theirs.get(name)} and is {ours[name]}" for name in differing)
-            raise UserError(
-                f"the sample order is not the one this run followed up to step {step}: {told}. "
-                f"Resume with the settings of the run; new weights are a segment from step {step} on"
-            )
+        advice = f"Resume with the settings of the run; new weights are a segment from step {step} on"
+        refuse_other(ours, theirs, step, advice)
 
     # ---- from a row to its id ----------------------------------------------------------------------------
-
-    def _rows(self, rank: int, world: int) -> np.ndarray:
-        if world < 1 or self.global_batch % world:
-            raise UserError(_world_message(self.global_batch, world))
-        if not 0 <= rank < world:
-            raise ValueError(f"rank must lie in [0, {world}), got {rank}")
-        share = self.global_batch // world
-        return np.arange(rank * share, (rank + 1) * share, dtype=np.int64)
 
     def _shuffled(self, source, epoch, lanes, place, length) -> np.ndarray:
         """(b,) places in the lane after the shuffle inside windows; one begins at w * length // windows."""
@@ -222,16 +190,3 @@ def _default_block(samples: int, lanes: int) -> int:
 def _described(line: np.ndarray) -> dict:
     lengths = hashlib.sha256(line.astype("<i8").tobytes()).hexdigest()
     return {"samples": int(line.sum()), "shards": len(line), "lengths": lengths}
-
-
-def _world_message(global_batch: int, world: int) -> str:
-    if world < 1:
-        return f"world must be at least 1, got {world}"
-    below = global_batch // world * world
-    batches = [b for b in (below, below + world) if b]
-    divisors = [w for w in range(1, global_batch + 1) if global_batch % w == 0]
-    worlds = [max(w for w in divisors if w < world), *[w for w in divisors if w > world][:1]]
-    return (
-        f"global batch {global_batch} does not divide among {world} ranks: use a global batch of "
-        f"{' or '.join(map(str, batches))}, or {' or '.join(map(str, worlds))} ranks"
-    )

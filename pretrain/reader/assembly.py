@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from pretrain.order import SampleOrder
+from pretrain.order import Order
 from pretrain.philox import uniforms
 from pretrain.reader.batch import Batch
 from pretrain.reader.blocks import Blocks, Sample
 from pretrain.reader.samples import NO_LABEL, draw_caption, image_bytes, label
 from pretrain.views.decode import DamagedSample, Scratch, decode
 from pretrain.views.geometry import UNIFORMS, random_resized_crop
+from pretrain.views.photometric import draw
 from pretrain.views.spec import ImageView, TextView
 from pretrain.views.tokenizer import ClipTokenizer
 
@@ -34,7 +35,7 @@ ROWS_A_TASK = 16
 class Plan:
     """What a job needs of its reader; not the reader itself, so that one that is let go is freed."""
 
-    order: SampleOrder
+    order: Order
     blocks: Blocks
     image_views: tuple[ImageView, ...]
     text_views: tuple[TextView, ...]
@@ -78,6 +79,8 @@ class Job:
             ids, source, epoch = self._rows
             draws = {view.name: UNIFORMS for view in of.image_views} | {view.name: 1 for view in of.text_views}
             self._u = {name: uniforms(of.seed, epoch, source, ids, name, n) for name, n in draws.items()}
+            changed = [view for view in of.image_views if view.photometric]
+            self._photometric = {view.name: draw(view, of.seed, epoch, source, ids) for view in changed}
             self._make_room(len(ids))
             tasks = _tasks(source, ids)
             self._left = len(tasks)
@@ -144,6 +147,7 @@ class Job:
             tokens={name: tokenizer(texts) for name, texts in self._captions.items()} if tokenizer else {},
             captions=self._captions,
             damaged=self._damaged(),
+            photometric=self._photometric,
         )
         with self._lock:
             if not self.done.done():
@@ -151,13 +155,16 @@ class Job:
 
     def _fill_damaged(self, good: np.ndarray) -> None:
         """Damaged rows show the next good row, cyclically; black and empty where no row is good."""
+        shown = np.arange(len(good))
         for row in np.flatnonzero(~good).tolist():
             after = np.roll(good, -row)
             stand_in = (row + int(after.argmax())) % len(good) if after.any() else None
+            shown[row] = row if stand_in is None else stand_in
             for pixels in self._images.values():
                 pixels[row] = 0 if stand_in is None else pixels[stand_in]
             for texts in self._captions.values():
                 texts[row] = "" if stand_in is None else texts[stand_in]
+        self._photometric = {name: draws[shown] for name, draws in self._photometric.items()}
 
     def _damaged(self) -> list[dict[str, Any]]:
         return [

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
+from pretrain.views.photometric import Draws, apply
+
 
 @dataclass
 class Batch:
     """b rows of one step, on one rank. Images are uint8: they are normalised on the device.
 
+    The reader gives crops as they were cut, and beside them what `to` is still to change of their colours.
     A damaged row has weight 0, the pixels and tokens of a good row, label -1, and keeps its own id and key.
     """
 
@@ -28,6 +31,7 @@ class Batch:
     tokens: dict[str, torch.Tensor]  # view -> (b, context) int64
     captions: dict[str, list[str]]  # view -> the text that was drawn
     damaged: list[dict[str, Any]] = field(default_factory=list)  # step, row, source, id, shard, key, reason
+    photometric: dict[str, Draws] = field(default_factory=dict)  # view -> changes to come; none for most views
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -44,8 +48,11 @@ class Batch:
         return Batch(self.step, damaged=[{**damage, "row": damage["row"] - lo} for damage in inside], **part)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch with its tensors on `device`."""
-        return replace(self, **{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
+        """What the towers see: the batch's tensors on `device`, and the photometric changes made there, once."""
+        moved = {f.name: _move(getattr(self, f.name), device) for f in fields(self)}
+        for name, draws in self.photometric.items():
+            moved["images"][name] = apply(moved["images"][name], draws)
+        return replace(self, **{**moved, "photometric": {}})
 
 
 def _cut(value: Any, lo: int, hi: int) -> Any:

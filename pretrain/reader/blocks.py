@@ -5,6 +5,8 @@ back to a block over many steps. Where the blocks in use fit in half the budget,
 first use and kept (least recently used goes first); where they do not, keeping some would read the rest again
 and again, so only the samples asked for are read, neighbours in one go. Either way the bytes of an epoch are
 read about once; what differs is how many requests that takes. The choice never changes what is returned.
+An order by class has no neighbours: its blocks in use are all there are, so a small source comes to be held
+whole and of a large one the samples are read singly.
 
 Local and mounted files only, by positioned reads (no shared file position: any number of threads).
 """
@@ -23,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pretrain.errors import UserError
-from pretrain.order import SampleOrder
+from pretrain.order import Order
 from pretrain.shards.source import Source
 
 BUDGET_BYTES = 2 << 30
@@ -56,7 +58,7 @@ class Blocks:
     def __init__(
         self,
         sources: Sequence[Source],
-        order: SampleOrder,
+        order: Order,
         wanted: frozenset[str],
         *,
         world: int = 1,
@@ -153,7 +155,7 @@ class Blocks:
         return data
 
 
-def bytes_in_use(sources: Sequence[Source], order: SampleOrder, world: int) -> int:
+def bytes_in_use(sources: Sequence[Source], order: Order, world: int) -> int:
     """About how many bytes the blocks hold that one rank goes back and forth between: its lanes' windows."""
     lanes = -(-order.lanes // world)
     total = 0.0

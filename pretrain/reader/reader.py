@@ -5,7 +5,8 @@ sample and what it is for, so threads, prefetch and resuming change nothing, and
 what the stream gave. Threads in the rank's own process do the work (JPEG decode, resize and reads all release
 the GIL); there are no worker processes to start, feed, or lose. At most `prefetch` batches are made ahead.
 
-It makes uint8 pixels and token ids; photometric augmentation and normalisation run on the device.
+It makes uint8 pixels, token ids and the draws of photometric changes; these changes (`Batch.to`) and normalisation
+run on the device.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pretrain.errors import UserError
-from pretrain.order import SampleOrder
+from pretrain.order import Order
 from pretrain.reader.assembly import Job, Plan
 from pretrain.reader.batch import Batch
 from pretrain.reader.blocks import BUDGET_BYTES, Blocks
@@ -43,7 +44,7 @@ class Reader:
     def __init__(
         self,
         sources: Sequence[Source],
-        order: SampleOrder,
+        order: Order,
         image_views: Sequence[ImageView],
         text_views: Sequence[TextView],
         tokenizer: ClipTokenizer | None,

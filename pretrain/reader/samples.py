@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pretrain.shards.entries import IMAGE_EXTENSIONS, image_part
+from pretrain.shards.labels import CLASS_EXTENSION, NO_LABEL, class_number
 from pretrain.views.decode import DamagedSample
 from pretrain.views.spec import ImageView, TextView
-
-CLASS_EXTENSION = "cls"
-NO_LABEL = -1
 
 
 def wanted_extensions(image_views: Sequence[ImageView], text_views: Sequence[TextView]) -> frozenset[str]:
@@ -56,7 +54,8 @@ def label(members: Mapping[str, memoryview]) -> int:
     """The class number, NO_LABEL where the sample has none."""
     if CLASS_EXTENSION not in members:
         return NO_LABEL
-    text = bytes(members[CLASS_EXTENSION]).strip()
-    if not text.isdigit() or len(text) > 18:  # beyond int64
-        raise DamagedSample(f"class is not a number: .cls holds {text[:20]!r}")
-    return int(text)
+    text = bytes(members[CLASS_EXTENSION])
+    number = class_number(text)
+    if number is None:
+        raise DamagedSample(f"class is not a number: .cls holds {text.strip()[:20]!r}")
+    return number

@@ -80,6 +80,14 @@ class ShardIndex:
         names = [self.extensions[code] for code in self._extension[a:b].tolist()]
         return [dict(zip(names[i - a : j - a], places[i - a : j - a])) for i, j in itertools.pairwise(ends)]
 
+    def column(self, extension: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows that have a member of this extension, and its offset and size; (m,) int64 each."""
+        if extension not in self.extensions:
+            return (np.zeros(0, np.int64),) * 3
+        at = np.flatnonzero(np.asarray(self._extension) == self.extensions.index(extension))
+        rows = np.searchsorted(np.asarray(self._first), at, side="right") - 1
+        return rows, np.asarray(self._offset)[at], np.asarray(self._size)[at]
+
     def span(self, lo: int, hi: int) -> tuple[int, int]:
         """Byte range of the tar that holds every member of rows lo to hi - 1; (0, 0) when there are none."""
         a, b = self._first[lo], self._first[hi]
@@ -99,7 +107,7 @@ def load_index(tar: Path | str) -> ShardIndex:
     Raises UserError when there is no such file, or it is no tar, or a compressed one.
     """
     tar = Path(tar)
-    stamp = _stamp(tar)
+    stamp = stamp_of(tar)
     for sidecar in sidecar_places(tar):
         arrays = _read(sidecar, stamp)
         if arrays is not None:
@@ -113,12 +121,12 @@ def load_index(tar: Path | str) -> ShardIndex:
 
 def build_index(tar: Path | str) -> ShardIndex:
     """The index made from the tar's headers now; no sidecar is read or written."""
-    return ShardIndex(Path(tar), _arrays(Path(tar), _stamp(Path(tar))))
+    return ShardIndex(Path(tar), _arrays(Path(tar), stamp_of(Path(tar))))
 
 
 def index_length(tar: Path) -> int:
     """How many samples a tar holds, from its sidecar's smallest array where there is one."""
-    stamp = _stamp(tar)
+    stamp = stamp_of(tar)
     for sidecar in sidecar_places(tar):
         arrays = _read(sidecar, stamp, only=("samples",))
         if arrays is not None:
@@ -126,15 +134,28 @@ def index_length(tar: Path) -> int:
     return len(load_index(tar))
 
 
-def sidecar_places(tar: Path) -> list[Path]:
-    """Where the index of a tar may be, best first."""
+def kept_arrays(tar: Path, kind: str, stamp: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray] | None:
+    """What `keep_arrays` kept of a tar under this kind and stamp; None where nothing is."""
+    found = (_read(sidecar, stamp, only=names) for sidecar in sidecar_places(tar, kind))
+    return next((arrays for arrays in found if arrays is not None), None)
+
+
+def keep_arrays(tar: Path, kind: str, stamp: np.ndarray, arrays: dict[str, np.ndarray]) -> bool:
+    """Keep arrays that were read from a tar after it had this stamp, where its index is kept; False where nothing
+    can be written."""
+    return any(_write(sidecar, arrays | {"stamp": stamp}) for sidecar in sidecar_places(tar, kind))
+
+
+def sidecar_places(tar: Path, kind: str = "idx") -> list[Path]:
+    """Where the index of a tar, or arrays of another kind, may be, best first."""
     cache = os.environ.get("POLYVIEW_CACHE")
     folder = Path(cache) if cache else Path("~/.cache/polyview").expanduser()
     whole = hashlib.blake2b(os.fsencode(tar.absolute()), digest_size=8).hexdigest()
-    return [tar.with_name(tar.name + ".idx.npz"), folder / "shards" / f"{tar.name}-{whole}.idx.npz"]
+    return [tar.with_name(f"{tar.name}.{kind}.npz"), folder / "shards" / f"{tar.name}-{whole}.{kind}.npz"]
 
 
-def _stamp(tar: Path) -> np.ndarray:
+def stamp_of(tar: Path) -> np.ndarray:
+    """(3,) int64 that differ when the tar does: version of the index, size, time of change; UserError without one."""
     try:
         stat = tar.stat()
     except OSError as error:

@@ -60,6 +60,12 @@ class Source:
     def samples(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
+    def keep_indexes(self, samples: int) -> None:
+        """Keep the indexes of as many shards as hold about `samples`, where that is more than are kept: for
+        readers that jump among all shards."""
+        shards = samples * len(self.shards) // max(1, self.samples)
+        self._cached = max(self._cached, min(shards, len(self.shards)))
+
     def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard number and row, each (b,) int64, of sample ids (b,) int64; IndexError for an id outside the
         line."""

@@ -2,13 +2,50 @@
 
 A view is a request, not code: the reader makes the union of what all objectives ask for, decodes the image
 once and cuts every crop from it. A view's random numbers are keyed by its name, so adding a view never
-changes another one's crops. Photometric changes (jitter, grey, blur) are not here: they run batched on the
-device.
+changes another one's crops. Photometric changes (jitter, grey, blur, solarise) are asked for here and made
+batched on the device, by `pretrain.views.photometric`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """torchvision's ColorJitter, with chance `p`: its four changes in random order, each row its own.
+
+    A strength b of brightness, contrast or saturation draws a factor from [max(0, 1 - b), 1 + b]; `hue` draws a
+    turn from [-hue, hue] of the colour circle, at most half of it.
+    """
+
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    p: float = 0.8
+
+    def __post_init__(self) -> None:
+        for name in ("brightness", "contrast", "saturation"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"jitter: {name} {getattr(self, name)} must not be negative")
+        if not 0 <= self.hue <= 0.5:
+            raise ValueError(f"jitter: hue {self.hue} must lie between 0 and 0.5")
+        _check_chance("jitter: p", self.p)
+
+
+@dataclass(frozen=True)
+class Blur:
+    """Pillow's Gaussian blur, with chance `p`; its radius is drawn from `sigma`, pixels of the view."""
+
+    p: float = 0.5
+    sigma: tuple[float, float] = (0.1, 2.0)
+
+    def __post_init__(self) -> None:
+        _check_chance("blur: p", self.p)
+        if not 0 < self.sigma[0] <= self.sigma[1]:
+            raise ValueError(f"blur: sigma {self.sigma} must be (low, high) with 0 < low <= high")
 
 
 @dataclass(frozen=True)
@@ -16,7 +53,8 @@ class ImageView:
     """One random resized crop of the image, `size` x `size` pixels, uint8.
 
     `scale` is the share of the image's area the crop covers, `ratio` its width : height, `flip` the chance of
-    a left-right flip. The defaults are open_clip's training crop.
+    a left-right flip. The defaults are open_clip's training crop. `jitter`, `grey` (a chance), `blur` and
+    `solarize` (a chance; threshold 128) follow in this order, as in SwAV and DINO.
     """
 
     name: str
@@ -24,6 +62,11 @@ class ImageView:
     scale: tuple[float, float] = (0.9, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.0
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    jitter: Jitter | None = None
+    grey: float = 0.0
+    blur: Blur | None = None
+    solarize: float = 0.0
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -32,8 +75,16 @@ class ImageView:
             raise ValueError(f"view {self.name!r}: scale {self.scale} must be (low, high) with 0 < low <= high")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"view {self.name!r}: ratio {self.ratio} must be (low, high) with 0 < low <= high")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"view {self.name!r}: flip {self.flip} must be a chance between 0 and 1")
+        if self.interpolation not in ("bicubic", "bilinear"):
+            raise ValueError(f"view {self.name!r}: interpolation {self.interpolation!r} is not bicubic or bilinear")
+        for name in ("flip", "grey", "solarize"):
+            _check_chance(f"view {self.name!r}: {name}", getattr(self, name))
+
+    @property
+    def photometric(self) -> bool:
+        """Whether any row of this view may have its colours or its sharpness changed."""
+        jitter, blur = self.jitter, self.blur
+        return bool((jitter and jitter.p) or self.grey or (blur and blur.p) or self.solarize)
 
 
 @dataclass(frozen=True)
@@ -42,3 +93,8 @@ class TextView:
 
     name: str = "caption"
     extension: str = "txt"
+
+
+def _check_chance(what: str, p: float) -> None:
+    if not 0 <= p <= 1:
+        raise ValueError(f"{what} {p} must be a chance between 0 and 1")

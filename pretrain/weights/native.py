@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from pretrain.checkpoint import Checkpoint
@@ -10,13 +12,15 @@ from pretrain.models.trunk import Trunk
 from pretrain.weights.naming import differences
 
 
-def load_trunk(trunk: Trunk, checkpoint: Checkpoint) -> None:
-    """Copy the checkpoint's model into `trunk`.
+def load_trunk(trunk: Trunk, checkpoint: Checkpoint, of: Literal["model", "teacher"] = "model") -> None:
+    """Copy the checkpoint's model, or the momentum teacher that followed it, into `trunk`.
 
     Raises:
         UserError: names or shapes differ; all are shown, nothing was copied.
     """
-    stored = {n.removeprefix("model."): n for n in checkpoint.names() if n.startswith("model.")}
+    stored = {n.removeprefix(f"{of}."): n for n in checkpoint.names() if n.startswith(f"{of}.")}
+    if not stored:
+        raise UserError(f"{checkpoint.path} holds no {of}: its objectives have none")
     own = trunk.state_dict()
     differ = differences(
         {n: tuple(t.shape) for n, t in own.items()}, {n: checkpoint.shape(full) for n, full in stored.items()}

@@ -17,6 +17,7 @@ from pretrain.errors import UserError
 from pretrain.models.trunk import build_trunk
 from pretrain.recipe import ModelRecipe, TextRecipe
 from pretrain.views.decode import DamagedSample
+from pretrain.views.geometry import eval_crop
 
 MODEL = ModelRecipe(
     image="vit_xsmall_patch16_clip_224",
@@ -169,3 +170,20 @@ def test_load_refuses_what_is_no_checkpoint_or_of_another_model(tmp_path: Path) 
     save(tmp_path / "other", wider, build_trunk(MODEL, seed=0))
     with pytest.raises(UserError, match=r"text\.projection\.weight +24x32 +16x32"):
         encoding.load(tmp_path / "other")
+
+
+def test_without_a_projection_the_encoder_is_as_wide_as_its_tower() -> None:
+    encoder = build(MODEL.model_copy(update={"text": None, "embed_dim": None}))
+    trunk = build_trunk(encoder.model, seed=0)
+    assert encoder.dim == trunk.pooled_dim
+    assert encoder.encode_image([picture()]).shape == (1, encoder.dim)
+
+
+def test_the_shortest_side_may_be_wider_than_the_crop() -> None:
+    plain, wide = build(), build(MODEL.model_copy(update={"eval_resize": 36}))
+    photo = picture()
+    shortest_36 = eval_crop(photo, 36)
+    assert wide.preprocess(photo).shape == (3, 32, 32)
+    assert torch.equal(wide.preprocess(photo), shortest_36[:, 2:34, 2:34])
+    assert wide.fingerprint != plain.fingerprint
+    assert build(MODEL.model_copy(update={"eval_resize": 32})).fingerprint == plain.fingerprint

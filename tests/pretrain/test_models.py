@@ -192,6 +192,25 @@ def test_any_timm_tower_serves_image_only(name: str) -> None:
         trunk({CAPTION: tokens([4])})
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "vit_tiny_patch16_224", "resnet50_clip"])
+def test_without_a_projection_the_embedding_is_the_pooled_features(name: str) -> None:
+    kwargs = {"depth": 1} if name.startswith("vit") else {}
+    model = ModelRecipe(image=name, image_size=64, image_kwargs=kwargs, text=None, embed_dim=None)
+    trunk = build_trunk(model, seed=0).eval()
+    pooled = FeatureRequest("image", "crop", output="pooled")
+    with torch.no_grad():
+        found = trunk({IMAGE: images(2, 64), pooled: images(2, 64)})
+    assert torch.equal(found[IMAGE], found[pooled])
+    assert found[IMAGE].shape == (2, trunk.embed_dim) == (2, trunk.pooled_dim)
+    assert not [n for n, _ in trunk.named_parameters() if "proj" in n and "attn" not in n and "patch_embed" not in n]
+
+
+def test_a_trunk_knows_its_widths(trunk: Trunk) -> None:
+    assert (trunk.embed_dim, trunk.pooled_dim) == (32, trunk.image.backbone.embed_dim)
+    clip = build_trunk(ModelRecipe(image="resnet50_clip", image_size=64, text=None, embed_dim=16), seed=0)
+    assert (clip.embed_dim, clip.pooled_dim) == (16, 2048)
+
+
 def test_dropout_is_off_in_evaluation_and_on_in_training() -> None:
     model = SMALL.model_copy(update={"text": TEXT.model_copy(update={"dropout": 0.5})})
     trunk = build_trunk(model, seed=0)

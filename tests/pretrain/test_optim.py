@@ -1,15 +1,24 @@
-"""The learning rate and the groups of the optimizer, beside open_clip's."""
+"""Rates and optimizers beside open_clip's, SwAV's and DINO's schedules, torch's optimizers and the formula of LARS."""
 
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from pretrain.backends.state import load_optimizer, optimizer_tensors
+from pretrain.checkpoint import CheckpointWriter, open_checkpoint, slice_for_rank, step_dir
 from pretrain.models.trunk import build_trunk
-from pretrain.optim.adamw import build_adamw, set_lr
-from pretrain.optim.schedule import lr_at
+from pretrain.optim.build import build_optimizer, set_rates
+from pretrain.optim.schedule import Rates, lr_at, rates_at, weight_decay_at
 from pretrain.recipe import OptimizerRecipe, ScheduleRecipe, parse_recipe
 from tests.tiny import VIT, recipe_data
+
+LARS = OptimizerRecipe(name="lars", lr=4.8, weight_decay=1e-2, exclude_vectors=False)
+SGD = OptimizerRecipe(name="sgd", lr=0.1, weight_decay=1e-2, exclude_vectors=False)
 
 
 def test_the_schedule_is_open_clips():
@@ -21,6 +30,17 @@ def test_the_schedule_is_open_clips():
         assert lr_at(step, 50, 0.5, ScheduleRecipe(warmup_steps=7)) == pytest.approx(optimizer.param_groups[0]["lr"])
 
 
+@pytest.mark.parametrize(("warmup", "start", "final"), [(3120, 0.3, 0.0048), (0, 0.0, 0.0006), (1, 0.3, 0.0)])
+def test_the_schedule_is_swavs(warmup: int, start: float, final: float):
+    total, peak = 31_200, 4.8
+    t = np.arange(total - warmup)
+    cosine = final + 0.5 * (peak - final) * (1 + np.cos(np.pi * t / (total - warmup)))
+    theirs = np.concatenate((np.linspace(start, peak, warmup), cosine))
+    recipe = ScheduleRecipe(warmup_steps=warmup, warmup_start=start / peak, final=final / peak)
+    ours = [lr_at(step, total, peak, recipe) for step in range(total)]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
 def test_the_schedule_rises_to_the_peak_and_ends_at_its_share():
     recipe = ScheduleRecipe(warmup_steps=4, final=0.1)
     rates = [lr_at(step, 100, 2.0, recipe) for step in range(101)]
@@ -30,14 +50,157 @@ def test_the_schedule_rises_to_the_peak_and_ends_at_its_share():
     assert rates[4:] == sorted(rates[4:], reverse=True)
 
 
-def test_matrices_are_decayed_and_vectors_are_not():
+def test_the_weight_decay_is_dinos():
+    steps = np.arange(1000)
+    theirs = 0.4 + 0.5 * (0.04 - 0.4) * (1 + np.cos(np.pi * steps / len(steps)))
+    ours = [weight_decay_at(step, 1000, 0.04, 0.4) for step in steps.tolist()]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+    assert weight_decay_at(700, 1000, 0.04, None) == 0.04
+    optimizer = {"lr": 2.0, "weight_decay": 0.04, "weight_decay_final": 0.4}
+    recipe = parse_recipe(recipe_data("s", "r", optimizer=optimizer, schedule={"warmup_steps": 10}), "test")
+    assert rates_at(0, 1000, recipe) == pytest.approx(Rates(lr=0.2, weight_decay=0.04))
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_matrices_are_decayed_and_vectors_are_not(name: str):
     trunk = build_trunk(parse_recipe(recipe_data("s", "r", model=VIT), "test").model, seed=0)
-    named = {**dict(trunk.named_parameters()), "logit_scale": torch.nn.Parameter(torch.zeros(1))}
-    optimizer = build_adamw(named, OptimizerRecipe(weight_decay=0.3))
-    set_lr(optimizer, 0.25)
+    named = {**dict(trunk.named_parameters()), "logit_scale": nn.Parameter(torch.zeros(1))}
+    optimizer = build_optimizer(named, OptimizerRecipe(name=name, weight_decay=0.1))
+    set_rates(optimizer, Rates(lr=0.25, weight_decay=0.3))
     decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decay.keys() == set(named.values())
-    for name, p in named.items():
-        vector = p.ndim < 2 or "cls_token" in name
-        assert decay[p] == (0.0 if vector else 0.3), name
+    for key, p in named.items():
+        vector = p.ndim < 2 or "cls_token" in key
+        assert decay[p] == (0.0 if vector else 0.3), key
     assert {group["lr"] for group in optimizer.param_groups} == {0.25}
+
+
+def test_vectors_are_decayed_where_the_recipe_says_so():
+    optimizer = build_optimizer({"w": nn.Parameter(torch.ones(2, 2)), "b": nn.Parameter(torch.ones(2))}, SGD)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2]
+    frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+    assert len(build_optimizer({"f": frozen, "w": nn.Parameter(torch.ones(2))}, SGD).param_groups[0]["params"]) == 1
+
+
+# ---- beside torch's optimizers and the formula
+
+
+def _parameters(seed: int = 0) -> dict[str, nn.Parameter]:
+    """In float64: a matrix, a norm's scale, a bias that starts as 0, prototypes that wait for their gradient."""
+    draw = torch.Generator().manual_seed(seed)
+    shapes = {"matrix": (5, 7), "scale": (5,), "bias": (5,), "prototypes": (6, 5), "silent": (3, 4)}
+    tensors = {n: torch.randn(s, dtype=torch.float64, generator=draw) for n, s in shapes.items()}
+    tensors["bias"].zero_()
+    return {n: nn.Parameter(t) for n, t in tensors.items()}
+
+
+def _gradients(step: int) -> dict[str, torch.Tensor | None]:
+    """`prototypes` have none in the first two steps, `silent` always zeros."""
+    draw = torch.Generator().manual_seed(100 + step)
+    found = {n: torch.randn(p.shape, dtype=torch.float64, generator=draw) for n, p in _parameters().items()}
+    return found | {"silent": torch.zeros(3, 4, dtype=torch.float64)} | ({"prototypes": None} if step < 2 else {})
+
+
+def _run(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    for step in range(first, last):
+        for name, gradient in _gradients(step).items():
+            parameters[name].grad = None if gradient is None else gradient.clone()
+        set_rates(optimizer, Rates(lr=0.5 / (1 + step), weight_decay=0.01 * (1 + step)))
+        optimizer.step()
+
+
+def _official_lars(recipe: OptimizerRecipe, steps: int) -> dict[str, torch.Tensor]:
+    """apex's LARC(clip=False) around SGD with momentum, one tensor at a time, from its description."""
+    found = {name: p.detach().clone() for name, p in _parameters().items()}
+    momentum: dict[str, torch.Tensor] = {}
+    for step in range(steps):
+        lr, decay = 0.5 / (1 + step), 0.01 * (1 + step)
+        for name, g in _gradients(step).items():
+            p = found[name]
+            if g is None:
+                continue
+            plain = recipe.exclude_vectors and p.ndim < 2
+            if not plain and p.norm() != 0 and g.norm() != 0:
+                g = (g + decay * p) * 0.001 * p.norm() / (g.norm() + decay * p.norm() + 1e-8)
+            momentum[name] = g if name not in momentum else 0.9 * momentum[name] + g
+            p -= lr * (g + 0.9 * momentum[name] if recipe.nesterov else momentum[name])
+    return found
+
+
+@pytest.mark.parametrize("changes", [{}, {"exclude_vectors": True}, {"nesterov": True}])
+def test_lars_is_the_formula(changes: dict):
+    recipe = LARS.model_copy(update=changes)
+    parameters = _parameters()
+    _run(parameters, build_optimizer(parameters, recipe), 0, 6)
+    for name, expected in _official_lars(recipe, 6).items():
+        torch.testing.assert_close(parameters[name].detach(), expected, rtol=1e-12, atol=1e-14, msg=name)
+
+
+def test_what_has_no_gradient_is_left_alone():
+    parameters = _parameters()
+    before = parameters["prototypes"].detach().clone()
+    optimizer = build_optimizer(parameters, LARS)
+    _run(parameters, optimizer, 0, 2)
+    assert torch.equal(parameters["prototypes"], before)
+    assert not optimizer.state.get(parameters["prototypes"])
+    _run(parameters, optimizer, 2, 3)
+    assert not torch.equal(parameters["prototypes"], before)
+
+
+def test_a_tensor_whose_gradient_is_zero_is_not_decayed_by_lars():
+    parameters = _parameters()
+    before = parameters["silent"].detach().clone()
+    _run(parameters, build_optimizer(parameters, LARS), 0, 3)
+    assert torch.equal(parameters["silent"], before)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_is_torchs(nesterov: bool):
+    ours, theirs = _parameters(), _parameters()
+    optimizer = torch.optim.SGD(theirs.values(), lr=1.0, momentum=0.8, nesterov=nesterov, weight_decay=0.01)
+    for step in range(5):
+        for name, gradient in _gradients(step).items():
+            theirs[name].grad = gradient
+        optimizer.param_groups[0] |= {"lr": 0.5 / (1 + step), "weight_decay": 0.01 * (1 + step)}
+        optimizer.step()
+    recipe = SGD.model_copy(update={"momentum": 0.8, "nesterov": nesterov})
+    _run(ours, build_optimizer(ours, recipe), 0, 5)
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-12, atol=1e-14, msg=name)
+
+
+def test_adamw_is_torchs():
+    ours, theirs = _parameters(), _parameters()
+    vectors = [p for p in theirs.values() if p.ndim < 2]
+    groups = [{"params": [p for p in theirs.values() if p.ndim > 1]}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.8, 0.95), eps=1e-7, weight_decay=0.01)
+    for step in range(5):
+        for name, gradient in _gradients(step).items():
+            theirs[name].grad = gradient
+        optimizer.param_groups[0]["weight_decay"] = 0.01 * (1 + step)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5 / (1 + step)
+        optimizer.step()
+    _run(ours, build_optimizer(ours, OptimizerRecipe(betas=(0.8, 0.95), eps=1e-7)), 0, 5)
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("recipe", [LARS, SGD, SGD.model_copy(update={"momentum": 0.0}), OptimizerRecipe()])
+def test_a_checkpoint_carries_the_optimizer(recipe: OptimizerRecipe, steps: int, tmp_path):
+    parameters = _parameters()
+    optimizer = build_optimizer(parameters, recipe)
+    _run(parameters, optimizer, 0, steps)
+    writer = CheckpointWriter(tmp_path, rank=0, world=1, attempt="a")
+    tensors = {f"model.{n}": p.detach() for n, p in parameters.items()}
+    tensors |= optimizer_tensors("optim", optimizer, parameters)
+    writer.save(steps, slice_for_rank(tensors, 0, 1), {})
+    writer.wait()
+    resumed = {n: nn.Parameter(copy.deepcopy(p.detach())) for n, p in parameters.items()}
+    fresh = build_optimizer(resumed, recipe)
+    load_optimizer("optim", fresh, resumed, open_checkpoint(step_dir(tmp_path, steps)))
+    _run(parameters, optimizer, steps, 6)
+    _run(resumed, fresh, steps, 6)
+    for name, p in parameters.items():
+        assert torch.equal(p, resumed[name]), name

@@ -17,11 +17,14 @@ from pretrain.models.request import FeatureRequest
 from pretrain.models.trunk import build_trunk
 from pretrain.objectives import build
 from pretrain.objectives.joint import Joint
+from pretrain.optim.schedule import Rates
 from pretrain.reader import Batch
 from pretrain.recipe import Recipe, parse_recipe
 from pretrain.step import NonFiniteError, TwoStage, update
 from tests.ranks import run_ranks
-from tests.tiny import RESNET, VIT, recipe_data
+from tests.tiny import FACTS, RESNET, VIT, recipe_data
+
+RATES = Rates(lr=1e-3, weight_decay=0.2)
 
 ROWS = 24
 IMAGE, TEXT = FeatureRequest("image", "clip"), FeatureRequest("text", "caption")
@@ -65,7 +68,7 @@ def gradients(rank: int, world: int, model: dict, accumulation: int) -> dict[str
     r = recipe(model, accumulation)
     process = Process(rank, world, 0, torch.device("cpu"))
     backend = DDP(build_trunk(r.model, seed=1).double(), r, process)
-    joint = Joint(build(r.objectives)).double()
+    joint = Joint(build(r.objectives, FACTS)).double()
     replicated = Replicated(joint, r.optimizer, process)
     two_stage = TwoStage(backend, joint, accumulation=accumulation, seed=0, rank=rank, group=None)
     batch = global_batch(r.model.image_size)
@@ -82,7 +85,7 @@ def dense(model: dict) -> dict[str, torch.Tensor]:
     """The same by autograd through the textbook formula, in one piece."""
     r = recipe(model, 1)
     trunk, batch = build_trunk(r.model, seed=1).double(), global_batch(r.model.image_size)
-    logit_scale = build(r.objectives)["clip"].logit_scale.detach().double().requires_grad_()
+    logit_scale = build(r.objectives, FACTS)["clip"].logit_scale.detach().double().requires_grad_()
     features = trunk({IMAGE: batch.images["clip"], TEXT: batch.tokens["caption"]})
     kept = batch.weight > 0
     image, text = (F.normalize(features[x], dim=-1)[kept] for x in (IMAGE, TEXT))
@@ -115,7 +118,7 @@ def test_an_update_clips_the_joint_norm_and_keeps_the_temperature_in_bounds():
         joint.by_name["clip"].logit_scale.data.fill_(4.9)  # beyond log 100
         norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
         kept = {p: p.grad for p in parameters if p.grad is not None}
-        told = update(backend, replicated, joint, result, step=0, lr=1e-3, clip_norm=bound)
+        told = update(backend, replicated, joint, result, step=0, rates=RATES, clip_norm=bound)
         assert told == pytest.approx(norm.item())
         after = torch.linalg.vector_norm(torch.cat([g.flatten() for g in kept.values()]))
         assert after == pytest.approx(bound or norm.item(), rel=1e-3)
@@ -132,7 +135,7 @@ def test_what_is_not_finite_touches_no_weight(where):
     else:
         parameters[3].grad.view(-1)[0] = torch.inf
     with pytest.raises(NonFiniteError):
-        update(backend, replicated, joint, result, step=0, lr=1e-3, clip_norm=1.0)
+        update(backend, replicated, joint, result, step=0, rates=RATES, clip_norm=1.0)
     assert all(torch.equal(p, b) for p, b in zip(parameters, before))
 
 
@@ -142,14 +145,14 @@ def test_an_update_is_the_same_on_all_ranks():
 
 def temperature_and_norm(rank: int, world: int) -> list[float]:
     backend, replicated, joint, result = one_step(rank, world)
-    norm = update(backend, replicated, joint, result, step=0, lr=1e-3, clip_norm=None)
+    norm = update(backend, replicated, joint, result, step=0, rates=RATES, clip_norm=None)
     return [joint.by_name["clip"].logit_scale.item(), norm.item()]
 
 
 def one_step(rank: int = 0, world: int = 1):
     r, rows = recipe(VIT, 1), ROWS // world
     process = Process(rank, world, 0, torch.device("cpu"))
-    backend, joint = DDP(build_trunk(r.model, seed=1), r, process), Joint(build(r.objectives))
+    backend, joint = DDP(build_trunk(r.model, seed=1), r, process), Joint(build(r.objectives, FACTS))
     replicated = Replicated(joint, r.optimizer, process)
     two_stage = TwoStage(backend, joint, accumulation=1, seed=0, rank=rank, group=None)
     result = two_stage(global_batch(r.model.image_size).rows(rank * rows, (rank + 1) * rows))
@@ -159,7 +162,7 @@ def one_step(rank: int = 0, world: int = 1):
 def test_draws_differ_by_step_rank_and_micro_batch():
     r = recipe(VIT | {"image_kwargs": VIT["image_kwargs"] | {"proj_drop_rate": 0.5}}, 1)
     backend = DDP(build_trunk(r.model, seed=1), r, Process(0, 1, 0, torch.device("cpu")))
-    joint, batch = Joint(build(r.objectives)), global_batch(r.model.image_size)
+    joint, batch = Joint(build(r.objectives, FACTS)), global_batch(r.model.image_size)
 
     def draw(step: int, rank: int, micro: int) -> tuple:
         two_stage = TwoStage(backend, joint, accumulation=1, seed=0, rank=rank, group=None)
@@ -174,7 +177,7 @@ def test_the_second_pass_repeats_the_first_draw_for_draw():
     r = recipe(RESNET, 4)
     process = Process(0, 1, 0, torch.device("cpu"))
     backend = DDP(build_trunk(r.model, seed=1), r, process)
-    joint = Joint(build(r.objectives))
+    joint = Joint(build(r.objectives, FACTS))
     two_stage = TwoStage(backend, joint, accumulation=4, seed=0, rank=0, group=None)
     batch = global_batch(r.model.image_size)
     two_stage(batch)
@@ -211,7 +214,7 @@ def train_image_only(rank: int, world: int) -> tuple:
         feature = backend.forward(inputs)[IMAGE]
         backend.backward([feature], [torch.ones_like(feature)])
         reached = sorted(n for n, p in backend.trunk.named_parameters() if p.grad is not None)
-        backend.step(1e-3)
+        backend.step(RATES)
     return before, probe(backend), reached
 
 

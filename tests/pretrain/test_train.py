@@ -5,53 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from pretrain.__main__ import main
 from pretrain.checkpoint import find_latest
-from pretrain.telemetry import read_events, read_log
+from pretrain.telemetry import read_events
+from tests.runs import ENVIRONMENT, kill_and_resume, losses, start, train, train_here, wait_for_a_step, weights
 from tests.tiny import RESNET, VIT, add, picture, recipe_data, write_recipe, write_shards
-
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
-
-
-def start(*argv: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "pretrain", *argv], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    )
-
-
-def train_here(recipe: Path, *overrides: str) -> int:
-    """The same command in this process, on one rank; its exit code."""
-    return main([str(recipe), *overrides])
-
-
-def train(*argv: str) -> str:
-    """Run to the end; what was said on stderr."""
-    process = start(*argv)
-    _, told = process.communicate(timeout=240)
-    assert process.returncode == 0, told
-    return told
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    checkpoint = find_latest(run / "checkpoints")
-    assert checkpoint is not None
-    return {name: checkpoint.read(name) for name in checkpoint.names()}
-
-
-def losses(run: Path) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in read_log(run / "log.jsonl")}
 
 
 @pytest.fixture(scope="module")
@@ -66,25 +33,12 @@ def test_a_run_killed_anywhere_resumes_bit_for_bit(tmp_path, shards, world):
     whole = write_recipe(tmp_path / "whole.yaml", recipe_data(shards, tmp_path / "whole", **changes))
     train(str(whole))
     recipe = write_recipe(tmp_path / "cut.yaml", recipe_data(shards, tmp_path / "cut", **changes))
-    for _ in range(2):
-        process = start(str(recipe))
-        wait_for_a_step(tmp_path / "cut" / "log.jsonl", process)
-        time.sleep(random.uniform(0, 0.5))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    train(str(recipe))
+    kill_and_resume(recipe, tmp_path / "cut")
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert expected.keys() == found.keys()
     different = [name for name in expected if not torch.equal(expected[name], found[name])]
     assert not different
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
-
-
-def wait_for_a_step(log: Path, process: subprocess.Popen) -> None:
-    """Until this start has logged a step of its own."""
-    size = log.stat().st_size if log.is_file() else 0
-    while process.poll() is None and not (log.is_file() and log.stat().st_size > size + 400):
-        time.sleep(0.02)
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, shards):

@@ -8,6 +8,17 @@ inputs' dtypes. Every rank of the group must make the call, forward and backward
 too. On a GPU, `torch.backends.cuda.matmul` decides whether float32 products use TF32, as everywhere in torch.
 """
 
+from pretrain.objectives.functional.assignment import sinkhorn
 from pretrain.objectives.functional.clip import clip_loss, contrastive_grads, contrastive_ranks
+from pretrain.objectives.functional.hydra import hydra_loss, hydra_partners
+from pretrain.objectives.functional.swav import swav_loss
 
-__all__ = ["clip_loss", "contrastive_grads", "contrastive_ranks"]
+__all__ = [
+    "clip_loss",
+    "contrastive_grads",
+    "contrastive_ranks",
+    "hydra_loss",
+    "hydra_partners",
+    "sinkhorn",
+    "swav_loss",
+]

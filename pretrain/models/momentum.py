@@ -1,0 +1,45 @@
+"""A momentum teacher: a copy of a module that follows it slowly and takes no gradient (He et al. 2020, MoCo, §3.2).
+
+It runs in evaluation mode, and BatchNorm's running statistics follow the student's as the weights do (Cai et al.
+2021, EMAN). So a teacher's row depends on that row alone: there is no leak through batch statistics that MoCo's
+shuffling had to stop, and its features are the same at any world size and accumulation.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FOLLOW = 10
+"""Statistics follow at least as fast as a mean over the last steps / FOLLOW + 1: they begin at (0, 1), far off."""
+
+
+class MomentumCopy(nn.Module):
+    """`module` at its present weights, then `update` by `update` behind it; calls go to the copy, without a graph."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.copy: Any = copy.deepcopy(module).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.copy(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> MomentumCopy:
+        """Stays in evaluation mode whatever is asked of the module around it."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, momentum: float, step: int) -> None:
+        """copy <- momentum · copy + (1 - momentum) · module, after 0-based `step`; counters are copied."""
+        own: list[Tensor] = list(self.copy.parameters())
+        torch._foreach_lerp_(own, [p.to(o.dtype) for o, p in zip(own, module.parameters())], 1.0 - momentum)
+        statistics = min(momentum, (step + 1) / (step + 1 + FOLLOW))
+        for mine, its in zip(self.copy.buffers(), module.buffers()):
+            if mine.is_floating_point():
+                mine.lerp_(its.to(mine.dtype), 1.0 - statistics)
+            else:
+                mine.copy_(its)

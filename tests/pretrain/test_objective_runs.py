@@ -1,0 +1,95 @@
+"""Whole runs of the self-supervised objectives together: killed, resumed, on another world, replayed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.checkpoint import find_latest
+from pretrain.replay import replay
+from pretrain.telemetry import read_events, read_log
+from tests.runs import kill_and_resume, losses, train, train_here, weights
+from tests.tiny import recipe_data, write_recipe, write_shards
+
+CROPS = [[2, None, [0.3, 1.0]], [2, 24, [0.1, 0.3]]]
+MODEL = {"image": "test_resnet", "image_size": 32, "embed_dim": 8, "text": None}
+SWAV = {"crops": CROPS, "prototypes": 12, "hidden": 16, "dim": 8, "freeze_steps": 2, "queue": 24}
+MOCO = {"queue": 36, "dim": 8, "hidden": 16, "momentum": 0.99}
+DINO = {"crops": CROPS, "prototypes": 20, "hidden": 16, "bottleneck": 8, "freeze_steps": 2}
+HYDRA = {"classes": 3, "dim": 8, "hidden": 16, "gate_width": 8, "gate_hidden": 8}
+ALL = {"swav": SWAV, "moco": MOCO, "hydra": HYDRA | {"weight": {"start": 0.1, "end": 1.0, "to_step": 6}}}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+def recipe(shards: Path, folder: Path, name: str, **changes) -> Path:
+    changes = {"model": MODEL, "objectives": ALL} | changes
+    return write_recipe(folder / f"{name}.yaml", recipe_data(shards, folder / name, **changes))
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_queues_teachers_and_prototypes_resume_bit_for_bit(tmp_path, shards, world):
+    changes = {"world": world, "steps": 10, "optimizer": {"name": "lars", "lr": 0.1, "exclude_vectors": False}}
+    train(str(recipe(shards, tmp_path, "whole", **changes)))
+    kill_and_resume(recipe(shards, tmp_path, "cut", **changes), tmp_path / "cut")
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert expected.keys() == found.keys()
+    assert any(n.startswith("teacher.") for n in expected)
+    assert any(n.endswith("swav.queue.held") for n in expected)
+    assert [n for n in expected if not torch.equal(expected[n], found[n])] == []
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_another_world_goes_on_with_the_same_queues_and_losses(tmp_path, shards):
+    """Four steps on three ranks, two on two, two on one: as eight on one."""
+    constant = {"schedule": {"final": 1.0}, "objectives": ALL | {"hydra": HYDRA}}
+    assert train_here(recipe(shards, tmp_path, "one", **constant)) == 0
+    for world, steps in ((3, 4), (2, 6), (1, 8)):
+        train(str(recipe(shards, tmp_path, "moved", world=world, steps=steps, **constant)))
+    moved, one = losses(tmp_path / "moved"), losses(tmp_path / "one")
+    assert [moved[s] for s in sorted(one)] == pytest.approx([one[s] for s in sorted(one)], rel=1e-3)
+    queues = [weights(tmp_path / name)["objective.swav.queue.held"] for name in ("moved", "one")]
+    assert queues[0].any(-1).all()
+    torch.testing.assert_close(queues[0], queues[1], rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("objectives", [{"swav": SWAV}, {"dino": DINO}, ALL], ids=["swav", "dino", "all"])
+def test_replay_gives_the_loss_that_was_logged(tmp_path, shards, objectives):
+    """With queue, teacher, photometrics and the batch statistics of two ranks."""
+    train(str(recipe(shards, tmp_path, "run", world=2, objectives=objectives, steps=7)))
+    logged = {line["step"]: line["loss"] for line in read_log(tmp_path / "run")}
+    replayed = replay(tmp_path / "run", 7)
+    assert replayed.weights_of == 6
+    assert float(replayed.total().mean()) == pytest.approx(logged[7], rel=1e-4)
+
+
+def test_a_known_failure_is_warned_of_once(tmp_path, shards):
+    """Predictions so soft that they can only be uniform."""
+    soft = SWAV | {"temperature": 1e4, "queue": 0, "freeze_steps": 0, "crops": [[2, 16, [0.3, 1.0]]]}
+    assert train_here(recipe(shards, tmp_path, "run", objectives={"swav": soft}, steps=204, log={"every": 1})) == 0
+    warnings = [e["message"] for e in read_events(tmp_path / "run") if e["event"] == "warning"]
+    assert [w for w in warnings if "stays at ln(prototypes)" in w] == warnings[-1:]
+
+
+def test_two_teachers_of_different_speed_are_refused(tmp_path, shards, capsys):
+    assert train_here(recipe(shards, tmp_path, "run", objectives={"moco": MOCO, "dino": DINO})) == 2
+    assert "one momentum teacher" in capsys.readouterr().err
+
+
+def test_a_queue_that_is_no_whole_number_of_batches_is_refused(tmp_path, shards, capsys):
+    assert train_here(recipe(shards, tmp_path, "run", objectives={"swav": SWAV | {"queue": 30}})) == 2
+    assert "try 24 or 36" in capsys.readouterr().err
+
+
+def test_signals_of_every_objective_are_logged(tmp_path, shards):
+    assert train_here(recipe(shards, tmp_path, "run", steps=4)) == 0
+    line = read_log(tmp_path / "run")[-1]
+    for name in ("swav/dead_prototypes", "swav/loss_over_chance", "moco/accuracy", "hydra/gate_entropy", "loss/hydra"):
+        assert name in line
+    assert any(name.startswith("rankme/") and name.endswith(".pooled") for name in line)
+    assert find_latest(tmp_path / "run" / "checkpoints").step == 4
