@@ -19,11 +19,14 @@ DOC = """Pretrain vision and vision-language encoders, index what they see, judg
 `polyview RECIPE [key=value …]` trains. The same verbs stand behind `python -m pretrain|index|downstream|slurm`."""
 
 
-def load(checkpoint: str | Path, device: str = "auto") -> Encoder:
-    """The encoder of a run, a checkpoints folder or one checkpoint: `.encode_image(images)`, `.encode_text(texts)`."""
+def load(checkpoint: str | Path, device: str = "auto", teacher: bool = False) -> Encoder:
+    """The encoder of a run, a checkpoints folder or one checkpoint: `.encode_image(images)`, `.encode_text(texts)`.
+
+    `teacher`: the run's momentum teacher, where an objective has one (DINO, MoCo).
+    """
     from pretrain.encoder import load as load_encoder
 
-    return load_encoder(checkpoint, device=device)
+    return load_encoder(checkpoint, device=device, teacher=teacher)
 
 
 def open_index(folder: str | Path) -> Index:

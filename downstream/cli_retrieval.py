@@ -19,7 +19,9 @@ def run(args: argparse.Namespace) -> int:
     from pretrain.distributed.process import process_group
 
     with process_group() as process:
-        weights = open_weights(args.checkpoint, untrained=args.untrained, device=process.device, name=args.name)
+        weights = open_weights(
+            args.checkpoint, untrained=args.untrained, teacher=args.teacher, device=process.device, name=args.name
+        )
         if done := evaluate_retrieval(weights, Samples(args.shards)):
             hand_over(done, args.out)
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from downstream.options import add_encoder, hand_over
 
@@ -28,9 +29,10 @@ def run(args: argparse.Namespace) -> int:
     with process_group() as process:
         samples, found = Samples(args.shards), []
         names: set[str] = set()
-        wanted = [(args.checkpoint, args.untrained, args.name), *((path, False, None) for path in args.control)]
-        for path, untrained, name in wanted:
-            weights = open_weights(path, untrained=untrained, device=process.device, name=name)
+        first: dict[str, Any] = {"untrained": args.untrained, "teacher": args.teacher, "name": args.name}
+        wanted: list[tuple[Path, dict[str, Any]]] = [(args.checkpoint, first), *((path, {}) for path in args.control)]
+        for path, which in wanted:
+            weights = open_weights(path, device=process.device, **which)
             if weights.name in names:  # two runs of one name: told apart by their folders
                 weights.name = f"{weights.name} of {path.resolve().name}"
             names.add(weights.name)

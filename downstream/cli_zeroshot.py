@@ -38,7 +38,9 @@ def run(args: argparse.Namespace) -> int:
     templates = read_lines(forms) if forms else PLAIN
     check_templates(templates, str(forms))
     with process_group() as process:
-        weights = open_weights(args.checkpoint, untrained=args.untrained, device=process.device, name=args.name)
+        weights = open_weights(
+            args.checkpoint, untrained=args.untrained, teacher=args.teacher, device=process.device, name=args.name
+        )
         if done := evaluate_zeroshot(weights, samples, read_lines(names), templates):
             hand_over(done, args.out)
     return 0

@@ -58,22 +58,28 @@ class Weights:
 
 
 def open_weights(
-    path: Path, *, untrained: bool, device: str | torch.device = "auto", name: str | None = None
+    path: Path,
+    *,
+    untrained: bool = False,
+    teacher: bool = False,
+    device: str | torch.device = "auto",
+    name: str | None = None,
 ) -> Weights:
     """The encoder of a run folder (its newest whole checkpoint), a checkpoints folder, or one step's folder.
 
     `untrained`: the same architecture with the weights the run began with (recipe and seed are the
-    checkpoint's). `name`: what the result calls it; else "RUN@step_00000100" or "untrained".
+    checkpoint's). `teacher`: the momentum teacher of the run's objectives. `name`: what the result calls it; else
+    "RUN@step_00000100", with "-teacher" behind it, or "untrained".
 
     Raises:
-        UserError: no whole checkpoint there, or it does not say which model it holds.
+        UserError: no whole checkpoint there, it does not say which model it holds, or it holds no teacher.
     """
     checkpoint = find_checkpoint(path)
     model, recipe = stored_model(checkpoint), checkpoint.meta["recipe"]
     trunk = build_trunk(model, seed=recipe.get("seed", 0))
     if not untrained:
-        load_trunk(trunk, checkpoint)
+        load_trunk(trunk, checkpoint, "teacher" if teacher else "model")
     run = str(recipe.get("name", path.resolve().name))
-    called = name or (UNTRAINED if untrained else f"{run}@{checkpoint.path.name}")
+    called = name or (UNTRAINED if untrained else f"{run}@{checkpoint.path.name}{'-teacher' * teacher}")
     step = 0 if untrained else checkpoint.step
     return Weights(Encoder(trunk, model, device=device), trunk, called, run, step, untrained)

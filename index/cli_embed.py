@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=64, help="images encoded at once (default 64)")
     parser.add_argument("--threads", type=int, default=2, help="decoding threads (default 2)")
     parser.add_argument("--images", action="store_true", help="images only, no captions")
+    parser.add_argument("--teacher", action="store_true", help="the run's momentum teacher (DINO, MoCo)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
 
 
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.batch < 1 or args.threads < 1:
         raise UserError(f"--batch {args.batch} and --threads {args.threads} must be at least 1")
-    encoder = load(args.checkpoint, device=args.device)
+    encoder = load(args.checkpoint, device=args.device, teacher=args.teacher)
     tars = list(dict.fromkeys(open_source(args.shards).shards))
     options = Options(args.batch, not args.images, args.threads, str(args.checkpoint.resolve()))
     rank, world = rank_and_world()

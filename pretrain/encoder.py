@@ -156,16 +156,24 @@ class Encoder:
         return out
 
 
-def load(path: str | Path, device: str | torch.device = "auto", precision: Literal["fp32", "bf16"] = "fp32") -> Encoder:
+def load(
+    path: str | Path,
+    device: str | torch.device = "auto",
+    precision: Literal["fp32", "bf16"] = "fp32",
+    teacher: bool = False,
+) -> Encoder:
     """The encoder in a run folder (its newest whole checkpoint), a checkpoints folder, or one step's folder.
 
+    `teacher`: its momentum teacher instead of the weights that were trained (DINO's figures are its teacher's).
+
     Raises:
-        UserError: there is no whole checkpoint, or its tensors are not those of the model its recipe names.
+        UserError: there is no whole checkpoint, its tensors are not those of the model its recipe names, or it holds
+            no teacher.
     """
     checkpoint = find_checkpoint(path)
     model = stored_model(checkpoint)
     trunk = build_trunk(model, seed=0)
-    load_trunk(trunk, checkpoint)
+    load_trunk(trunk, checkpoint, "teacher" if teacher else "model")
     return Encoder(trunk, model, device=device, precision=precision)
 
 

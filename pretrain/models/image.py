@@ -41,6 +41,9 @@ class ImageTower(nn.Module):
         if recipe.embed_dim and not _projects_itself(self.backbone):
             self.projection = nn.Linear(self.pooled_dim, recipe.embed_dim, bias=False)
         init(self)
+        # convolutions run a seventh faster so on a CPU, and as tensor cores want it on a GPU
+        self._layout = torch.contiguous_format if isinstance(self.backbone, VisionTransformer) else torch.channels_last
+        self.backbone.to(memory_format=self._layout)
 
     def forward(self, images: Tensor, outputs: Collection[str | int] = ("embedding",)) -> dict[str | int, Tensor]:
         """(B, 3, S, S) uint8 -> the named outputs.
@@ -75,7 +78,8 @@ class ImageTower(nn.Module):
         """
         scale = torch.tensor([1 / (255 * s) for s in self.std]).view(3, 1, 1)
         shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std)]).view(3, 1, 1)
-        x = torch.addcmul(shift.to(images.device), images.float(), scale.to(images.device))
+        images = images.to(torch.float32, memory_format=self._layout)
+        x = torch.addcmul(shift.to(images.device), images, scale.to(images.device))
         return x.to(next(self.backbone.parameters()).dtype)
 
     def _features(self, x: Tensor) -> Tensor:

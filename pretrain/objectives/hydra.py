@@ -136,7 +136,8 @@ class Hydra(Objective):
         else:
             labels = self.clusters.assign(features[self.views[0]], batch.weight, LOCAL)
         rows, _, _ = self._rows(features, labels, batch.step, LOCAL)
-        return rows.losses / rows.positives.clamp(min=1)
+        # scaled so that the mean over sound samples is the loss, a mean over positive pairs
+        return rows.losses * (batch.weight.sum() / rows.positives.sum().clamp(min=1))
 
     def after_step(self, step: int) -> None:
         if self.logit_scale is not None:

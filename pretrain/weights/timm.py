@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from pretrain.models.trunk import Trunk
@@ -35,7 +36,10 @@ def to_timm(trunk: Trunk) -> dict[str, Tensor]:
     """The image backbone as `timm.create_model(name, num_classes=0)` loads it; CLIP's ResNets with
     `num_classes=embed_dim`. Tensors are copies on the CPU."""
     own = trunk.state_dict()
-    return {theirs: own[ours].detach().cpu().clone() for ours, (theirs, _) in _names(trunk).items()}
+    return {
+        theirs: own[ours].detach().cpu().clone(memory_format=torch.contiguous_format)
+        for ours, (theirs, _) in _names(trunk).items()
+    }
 
 
 def _names(trunk: Trunk) -> dict[str, tuple[str, Rule]]:
