@@ -89,7 +89,7 @@ def train(recipe: Recipe) -> None:
     torch.manual_seed(recipe.seed)
     data = Photographs(list(recipe.data.sources[0].shards), transform(recipe))
     loader = DataLoader(data, batch_size=recipe.global_batch, shuffle=True, drop_last=True)
-    network, criterion = Network(recipe), SwaVLoss()
+    network, criterion = Network(recipe), SwaVLoss(sinkhorn_epsilon=_options(recipe)["epsilon"])
     optimizer = build_optimizer(dict(network.named_parameters()), recipe.optimizer)
     step, total = 0, recipe.total_steps(len(data))
     high = _options(recipe)["crops"][0][0]

@@ -30,6 +30,7 @@ SWAV: dict[str, Any] = {
     "jitter": [0.4, 0.4, 0.4, 0.1],
     "blur": 0.0,
     "prototypes": 100,
+    "epsilon": 0.02,
     "hidden": 512,
     "dim": 128,
     "freeze_steps": 40,
@@ -51,8 +52,8 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "swav": Method("swav", SWAV, 2e-3, 128, 300),
-    "lightly": Method("swav", SWAV, 2e-3, 128, 300, peer=True),
+    "swav": Method("swav", SWAV, 4e-3, 128, 300),
+    "lightly": Method("swav", SWAV, 4e-3, 128, 300, peer=True),
     "hydra": Method("hydra", HYDRA, 2e-3, 256, 120),
     "open": Method("hydra", {**HYDRA, "gate": "open"}, 2e-3, 256, 120),
     "supcon": Method(SUPCON, {**VIEWS, "hidden": 512, "dim": 128}, 2e-3, 256, 120),
@@ -65,8 +66,8 @@ TITLES = {
     "supcon": "SupCon",
 }
 TRIALS: dict[str, list[dict[str, Any]]] = {
-    "swav": [{"lr": 1e-3}, {"lr": 4e-3}],
-    "lightly": [{"lr": 1e-3}, {"lr": 4e-3}],
+    "swav": [{"lr": 1e-3, "epsilon": 0.05}, {"lr": 4e-3, "epsilon": 0.05}, {"lr": 4e-3}],
+    "lightly": [{"lr": 1e-3, "epsilon": 0.05}, {"lr": 4e-3, "epsilon": 0.05}, {"lr": 4e-3}],
     "hydra": [{"lr": 1e-3}, {"lr": 4e-3}],
     "open": [{"lr": 1e-3}, {"lr": 4e-3}],
     "supcon": [{"lr": 1e-3}, {"lr": 4e-3}],

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.distributed.groups import LOCAL
-from pretrain.objectives.functional import tiles
-from pretrain.objectives.functional import clip_loss, contrastive_grads
+from pretrain.objectives.functional import clip_loss, contrastive_grads, tiles
 from tests.ranks import run_ranks
 
 
