@@ -21,11 +21,16 @@ from pretrain.objectives.pieces.gates import Gates
 
 M = TypeVar("M", bound=nn.Module)
 
-PROJECTORS = ("projector", "head")  # Hydra's and SwAV's
+PROJECTORS = ("projector", "head")  # Hydra's; SwAV's and MoCo's
 
 
 def open_projector(weights: Weights, path: Path) -> tuple[str, nn.Module] | None:
-    """(objective, its projector from pooled features) of the checkpoint that `weights` are of; None: it has none."""
+    """(objective, its projector from pooled features) of the checkpoint that `weights` are of; None: it has none.
+
+    Of several objectives, the first that has one.
+    """
+    if weights.teacher:  # the projector is the student's
+        return None
     checkpoint = find_checkpoint(path)
     for name in checkpoint.meta["recipe"]["objectives"]:
         objective = _objective(name, checkpoint, weights)

@@ -34,6 +34,7 @@ class Weights:
     run: str
     step: int
     untrained: bool
+    teacher: bool = False
 
     @torch.inference_mode()
     def image_features(self, images: Tensor, output: Output) -> Tensor:
@@ -82,4 +83,4 @@ def open_weights(
     run = str(recipe.get("name", path.resolve().name))
     called = name or (UNTRAINED if untrained else f"{run}@{checkpoint.path.name}{'-teacher' * teacher}")
     step = 0 if untrained else checkpoint.step
-    return Weights(Encoder(trunk, model, device=device), trunk, called, run, step, untrained)
+    return Weights(Encoder(trunk, model, device=device), trunk, called, run, step, untrained, teacher)

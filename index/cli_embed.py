@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--batch {args.batch} and --threads {args.threads} must be at least 1")
     encoder = load(args.checkpoint, device=args.device, teacher=args.teacher)
     tars = list(dict.fromkeys(open_source(args.shards).shards))
-    options = Options(args.batch, not args.images, args.threads, str(args.checkpoint.resolve()))
+    options = Options(args.batch, not args.images, args.threads, str(args.checkpoint.resolve()), args.teacher)
     rank, world = rank_and_world()
     counts = embed_shards(encoder, tars, args.out, options, rank=rank, world=world)
     print(summary(counts, rank, world))

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from pretrain.backends.ddp import DDP
 from pretrain.backends.replicated import Replicated
 from pretrain.checkpoint import Checkpoint
 from pretrain.distributed.process import Process
 from pretrain.distributed.syncbn import convert
+from pretrain.errors import UserError
 from pretrain.models.trunk import build_trunk
 from pretrain.objectives import build
 from pretrain.objectives.base import RunFacts
@@ -52,12 +55,25 @@ def assemble(recipe: Recipe, samples: int, process: Process) -> Parts:
         world=process.world,
     )
     joint = Joint(build(recipe.objectives, facts))
-    if process.world > 1 and recipe.model.sync_batchnorm:
-        convert(trunk)
-        convert(joint)
-    backend = DDP(trunk, recipe, process, teacher=joint.teacher_momentum(0) is not None)
+    teacher = _has_teacher(joint, facts.total_steps)
+    if process.world > 1:
+        convert(joint)  # heads are cheap to synchronise, and their statistics must be equal on all ranks
+        if recipe.model.sync_batchnorm:
+            convert(trunk)
+        elif teacher and any(isinstance(m, _BatchNorm) for m in trunk.modules()):
+            raise UserError(
+                "model.sync_batchnorm: false gives each rank other BatchNorm statistics, and so another momentum "
+                "teacher; set it true, or choose a tower without BatchNorm"
+            )
+    backend = DDP(trunk, recipe, process, teacher=teacher)
     replicated = Replicated(joint, recipe.optimizer, process)
     two_stage = TwoStage(
         backend, joint, accumulation=recipe.accumulation, seed=recipe.seed, rank=process.rank, group=None
     )
     return Parts(joint, backend, replicated, two_stage)
+
+
+def _has_teacher(joint: Joint, total_steps: int) -> bool:
+    """Whether an objective has one; UserError, before anything is trained, where two want it at different speeds."""
+    asked = [joint.teacher_momentum(step) for step in (0, total_steps // 2, total_steps - 1)]
+    return asked[0] is not None

@@ -124,9 +124,9 @@ def update(
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm or torch.inf)
     if not torch.isfinite(norm + result.loss):
         raise NonFiniteError(result.loss.item(), norm.item())
+    momentum = joint.teacher_momentum(step)
     backend.step(rates)
     replicated.step(rates)
-    momentum = joint.teacher_momentum(step)
     if momentum is not None:
         backend.update_teacher(momentum, step)
     joint.after_step(step)

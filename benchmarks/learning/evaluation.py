@@ -49,7 +49,7 @@ def spectra(run: Path, queries: Labelled) -> Figures:
     opened = open_projector(weights, run)
     if opened is not None:
         found["projector"] = _through(opened[1], found["encoder"])
-    figures = {}
+    figures: Figures = {}
     for part, features in found.items():
         s = spectrum(features)
         figures |= {f"{part}_rankme": s.rankme, f"{part}_rank": s.effective_rank}

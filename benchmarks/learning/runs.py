@@ -17,7 +17,8 @@ from typing import Any
 from benchmarks.learning import evaluation, settings
 from benchmarks.learning.data import Labelled, load, shards
 from benchmarks.learning.settings import Method
-from pretrain.recipe import dump_recipe
+from pretrain.errors import UserError
+from pretrain.recipe import Recipe, dump_recipe, load_recipe
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -38,6 +39,7 @@ class Bench:
         """Train, unless that is done, and judge: `steps`, `cpu_s`, kNN, and for ours the spectra."""
         folder = self.work / "runs" / f"{name}-{seed}"
         kept = folder / f"figures-{self.split}.json"
+        self._check_same(method, folder, seed)
         if not kept.exists():
             cpu_s = self._train(method, folder, seed)
             figures = {"steps": method.steps, "cpu_s": cpu_s, **self._judge(method, folder)}
@@ -61,13 +63,22 @@ class Bench:
             return json.loads(timed.read_text())
         begun = folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        recipe.write_text(dump_recipe(settings.recipe(method, shards(self.work / "data", "train"), folder, seed)))
+        recipe.write_text(dump_recipe(self._recipe(method, folder, seed)))
         before = _children()
         module = "benchmarks.learning.lightly_swav" if method.peer else "pretrain"
         subprocess.run([sys.executable, "-m", module, str(recipe)], check=True, env=ENVIRONMENT)
         cpu_s = None if begun and not method.peer else _children() - before
         timed.write_text(json.dumps(cpu_s))
         return cpu_s
+
+    def _check_same(self, method: Method, folder: Path, seed: int) -> None:
+        """UserError for a folder that holds a run of other settings: its figures are not this run's."""
+        kept, wanted = folder.with_suffix(".yaml"), self._recipe(method, folder, seed)
+        if folder.exists() and not (kept.exists() and load_recipe(kept) == wanted):
+            raise UserError(f"{folder} holds a run of other settings: remove it, or give another --work")
+
+    def _recipe(self, method: Method, folder: Path, seed: int) -> Recipe:
+        return settings.recipe(method, shards(self.work / "data", "train"), folder, seed)
 
     def _judge(self, method: Method, folder: Path) -> dict[str, float]:
         if method.peer:

@@ -36,6 +36,7 @@ class Options:
     texts: bool = True
     threads: int = 2
     checkpoint: str = ""  # kept as provenance
+    teacher: bool = False  # likewise: the checkpoint's momentum teacher was the encoder
 
 
 @dataclass
@@ -98,6 +99,7 @@ def _embed_tar(encoder: Encoder, tar: Path, identity: str, unit: Path, options: 
         skipped=dict(Counter(s["reason"].partition(":")[0] for s in rows.skipped)),
         encoder={
             "checkpoint": options.checkpoint,
+            "teacher": options.teacher,
             "image_size": encoder.image_size,
             "has_text": encoder.has_text,
         },

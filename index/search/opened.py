@@ -68,7 +68,7 @@ class Index:
         if not path or not Path(path).exists():
             where = f"its encoder is no longer at {path}" if path else "it does not say where its encoder is"
             raise UserError(f"{self.folder}: {where}; name the checkpoint with --encoder")
-        encoder = load_encoder(Path(path))
+        encoder = load_encoder(Path(path), teacher=bool(self.manifest.encoder.get("teacher")))
         self._accept(encoder)
         return encoder
 

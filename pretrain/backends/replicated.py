@@ -34,10 +34,13 @@ class Replicated:
     def reduce(self) -> None:
         """Mean of the gradients over the ranks, in one flat collective."""
         parameters = self.parameters()
+        # a parameter that was not used still takes part: collectives run on all ranks, and one rank is no exception
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
         if self._process.world == 1 or not parameters:
             return
-        # a parameter this rank did not use still takes part: collectives run on all ranks
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat)
         flat /= self._process.world

@@ -36,4 +36,11 @@ def load_optimizer(
             slots.setdefault(name, []).append(slot)
     for name, parameter in parameters.items():
         state = {slot: checkpoint.read(f"{prefix}.{name}.{slot}") for slot in slots.get(name, [])}
-        optimizer.state[parameter] = {slot: value.to(parameter.device) for slot, value in state.items()}
+        optimizer.state[parameter] = {slot: _placed(value, parameter) for slot, value in state.items()}
+
+
+def _placed(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """On the parameter's device and, where it has its shape, in its memory layout: fused kernels walk raw memory."""
+    if value.shape != parameter.shape:
+        return value.to(parameter.device)
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)

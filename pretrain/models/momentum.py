@@ -38,8 +38,10 @@ class MomentumCopy(nn.Module):
         own: list[Tensor] = list(self.copy.parameters())
         torch._foreach_lerp_(own, [p.to(o.dtype) for o, p in zip(own, module.parameters())], 1.0 - momentum)
         statistics = min(momentum, (step + 1) / (step + 1 + FOLLOW))
-        for mine, its in zip(self.copy.buffers(), module.buffers()):
-            if mine.is_floating_point():
-                mine.lerp_(its.to(mine.dtype), 1.0 - statistics)
-            else:
+        buffers = list(zip(self.copy.buffers(), module.buffers()))
+        moved = [(mine, its.to(mine.dtype)) for mine, its in buffers if mine.is_floating_point()]
+        if moved:
+            torch._foreach_lerp_([mine for mine, _ in moved], [its for _, its in moved], 1.0 - statistics)
+        for mine, its in buffers:
+            if not mine.is_floating_point():
                 mine.copy_(its)

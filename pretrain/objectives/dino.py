@@ -75,7 +75,9 @@ class Head(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
-        self.prototypes = nn.Parameter(torch.randn(options.prototypes, options.bottleneck))
+        # their length does not count, but how fast they turn goes as lr / length: the official one is nn.Linear's own
+        last = nn.Linear(options.bottleneck, options.prototypes, bias=False)
+        self.prototypes = nn.Parameter(last.weight.detach().clone())
 
     def forward(self, pooled: Tensor) -> Tensor:
         return F.normalize(self.mlp(pooled), dim=1) @ F.normalize(self.prototypes, dim=1).T

@@ -105,7 +105,7 @@ class Hydra(Objective):
         self.clusters: OnlineClusters | None = None
         if options.pseudo_labels:
             self.clusters = OnlineClusters(options.pseudo_labels, facts.pooled_dim, seed=facts.seed)
-        self._labels_seen = False
+        self._said_pseudo = False
 
     def image_views(self, size: int) -> list[ImageView]:
         options, side = self.options, self.options.size or size
@@ -184,7 +184,7 @@ class Hydra(Objective):
 
     @torch.no_grad()
     def _check(self, labels: Tensor, batch: Batch, group: Group) -> None:
-        """UserError, on all ranks alike, for a label beyond the classes, or none up to the first sound batch."""
+        """UserError, on all ranks alike, for a label beyond the classes, or none in a run's first batch."""
         own = (
             torch.stack([labels.max(), (batch.weight > 0).max().long()]) if len(labels) else labels.new_tensor([-1, 0])
         )
@@ -194,8 +194,7 @@ class Hydra(Objective):
                 f"objectives.hydra.classes is {self.classes}, so labels run from 0 to {self.classes - 1}, but sample "
                 f"{_key_of(highest, labels, batch, group)} has label {highest}: set classes to {highest + 1} or more"
             )
-        self._labels_seen = self._labels_seen or highest >= 0
-        if sound and not self._labels_seen:
+        if sound and highest < 0 and batch.step == 0:  # later batches may lack labels, after a resume too
             raise UserError(
                 "objectives.hydra.classes asks for labelled data, but no sample of the first batch has a label: give "
                 "each image a `.cls` (a whole number) in its shard, or set objectives.hydra.pseudo_labels: N instead "
@@ -203,12 +202,12 @@ class Hydra(Objective):
             )
 
     def _say_pseudo(self, step: int) -> None:
-        if not self._labels_seen and self.facts.rank == 0:
+        if not self._said_pseudo and self.facts.rank == 0:
             log.info(
                 "hydra: from step %d on classes are pseudo-labels: %d clusters of the trunk's own features, not the "
                 "data's labels", step, self.classes,
             )  # fmt: skip
-        self._labels_seen = True
+        self._said_pseudo = True
 
     @torch.no_grad()
     def _signals(self, rows: HydraRows, gates: Tensor, present: Tensor, group: Group) -> dict[str, Tensor | float]:

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pretrain.distributed.collectives import all_gather_rows, all_reduce_sum
-from pretrain.distributed.groups import Group
+from pretrain.distributed.groups import Group, resolve
 from pretrain.models.momentum import MomentumCopy
 from pretrain.models.request import FeatureRequest
 from pretrain.objectives.base import Features, Loss, Objective, RunFacts
@@ -75,7 +75,8 @@ class Moco(Objective):
         logits, keys = self._logits(features, batch)
         rows = self._rows(logits, batch)
         value = global_mean(rows.sum(), batch.weight.sum(), group)
-        self._new_keys = all_gather_rows(keys, group)[None]
+        counts = [len(keys)] * resolve(group)[2]  # the trainer's ranks have equal shares
+        self._new_keys = all_gather_rows(keys, group, counts)[None]
         return Loss(value, self._signals(logits, batch, group))
 
     @torch.no_grad()

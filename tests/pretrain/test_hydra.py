@@ -110,7 +110,7 @@ def test_every_parameter_learns():
 
 def refused(rank: int, world: int) -> dict[str, str]:
     """What each kind of wrong labels is told."""
-    none, high = batch(labels=torch.full((ROWS,), -1)), batch()
+    none, high = batch(step=0, labels=torch.full((ROWS,), -1)), batch()
     high.labels[-2] = 7  # on the last rank
     return {kind: message_of(whole, rank, world) for kind, whole in (("none", none), ("high", high))}
 
@@ -133,8 +133,8 @@ def test_labels_that_do_not_fit_are_refused_on_all_ranks():
 
 
 def test_a_batch_without_labels_later_on_is_no_loss():
+    """Nor where it is the first that this process sees: a run resumed there."""
     objective = hydra(classes=CLASSES)
-    objective.loss(features(objective), batch(), None)
     later = objective.loss(features(objective), batch(labels=torch.full((ROWS,), -1)), None)
     assert later.value == 0
     assert all(torch.isfinite(torch.as_tensor(v)).all() for v in later.signals.values())

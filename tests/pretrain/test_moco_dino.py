@@ -85,6 +85,12 @@ def test_dino_schedules():
     assert dino.teacher_momentum(100) == pytest.approx(1.0)
 
 
+def test_dinos_prototypes_begin_as_short_as_the_official_ones():
+    """They are scored as unit rows, so under AdamW their length is how slowly they turn."""
+    lengths = objective("dino", DINO | {"prototypes": 400, "bottleneck": 64}).head.prototypes.norm(dim=1)
+    assert lengths.mean().item() == pytest.approx(3**-0.5, rel=0.05)
+
+
 def test_the_views_are_the_official_ones():
     views = objective("dino", DINO).image_views(32)
     assert [(v.size, v.solarize, v.blur.p) for v in views] == [

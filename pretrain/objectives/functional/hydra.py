@@ -128,8 +128,8 @@ def hydra_rows(
     taking_part = (labels >= 0) & (partners >= 0)
     known = torch.where(taking_part, labels, -1) if key_labels is None else key_labels
     anchors, gates = (torch.where(taking_part[:, None], at_least_fp32(x), 0) for x in (anchors, gates))
-    everyone = gather_rows(torch.where((known >= 0)[:, None], at_least_fp32(keys), 0), group)
     counts = row_counts(len(known), known.device, group)
+    everyone = gather_rows(torch.where((known >= 0)[:, None], at_least_fp32(keys), 0), group, counts)
     theirs = all_gather_rows(known, group, counts)
     logits = hydra_logits(anchors, everyone, gates, form)
     logits = logits / (temperature.to(logits.dtype) if isinstance(temperature, Tensor) else temperature)

@@ -30,20 +30,23 @@ def global_mean(share: Tensor, count: Tensor | float, group: Group = None) -> Te
     return total / count + world * (share - share.detach()) / count
 
 
-def gather_rows(x: Tensor, group: Group = None) -> Tensor:
+def gather_rows(x: Tensor, group: Group = None, counts: list[int] | None = None) -> Tensor:
     """(b, …) on each rank -> (Σ b, …) on every rank, in rank order; gradients go back to the rank they belong to.
 
-    Backward is a collective too: all ranks must run it.
+    `counts` are the ranks' row counts where they are known already. Backward is a collective too: all ranks must run
+    it.
     """
-    return _GatherRows.apply(x, group) if resolve(group)[2] > 1 else x
+    if resolve(group)[2] == 1:
+        return x
+    return _GatherRows.apply(x, group, counts or row_counts(x.shape[0], x.device, group))
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group: Group) -> Tensor:
-        ctx.counts, ctx.group = row_counts(x.shape[0], x.device, group), group
-        return all_gather_rows(x, group, ctx.counts)
+    def forward(ctx, x: Tensor, group: Group, counts: list[int]) -> Tensor:
+        ctx.counts, ctx.group = counts, group
+        return all_gather_rows(x, group, counts)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return reduce_scatter_rows(grad.contiguous(), ctx.counts, ctx.group), None
+        return reduce_scatter_rows(grad.contiguous(), ctx.counts, ctx.group), None, None

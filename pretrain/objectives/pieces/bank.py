@@ -26,10 +26,13 @@ class MemoryBank(Sharded):
 
     @torch.no_grad()
     def read(self, ids: Tensor) -> Tensor:
-        """(b, dim) rows of this rank's `ids` (b,) int64; b may differ over ranks and be 0. IndexError beyond."""
-        self._check(ids)
+        """(b, dim) rows of this rank's `ids` (b,) int64; b may differ over ranks and be 0.
+
+        Raises IndexError, on all ranks alike, for an id beyond the bank.
+        """
         counts = row_counts(len(ids), self.held.device, self.group)
         wanted = all_gather_rows(ids, self.group, counts)
+        self._check(wanted)
         found = self.held.new_zeros(len(wanted), self.shape[1])
         mine = self._mine(wanted)
         found[mine] = self.held[wanted[mine] - self._first]
@@ -38,9 +41,9 @@ class MemoryBank(Sharded):
     @torch.no_grad()
     def write(self, ids: Tensor, rows: Tensor) -> None:
         """Set this rank's `ids` (b,) to `rows` (b, dim); of one id written twice the last global row stands."""
-        self._check(ids)
         counts = row_counts(len(ids), self.held.device, self.group)
         everyone = all_gather_rows(ids, self.group, counts)
+        self._check(everyone)
         values = all_gather_rows(rows.to(self.held.dtype), self.group, counts)
         kept = _last_of_each(everyone)
         kept = kept[self._mine(everyone[kept])]
