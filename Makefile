@@ -35,7 +35,7 @@ bench: install
 learning: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.learning --json benchmarks/results/learning.json
 
-# the demo's control, shown in its report: three seeds trained on captions of other scenes (about 15 minutes)
+# the demo's control, shown in its report: CLIP alone, three seeds, on captions of other scenes (about 15 minutes)
 control: install
 	$(BIN)/python -m benchmarks.shuffled_captions
 

@@ -1,4 +1,4 @@
-"""The whole way on embedded data: shards, CLIP on two processes, index, evaluation, one report."""
+"""The whole way on embedded data: shards, CLIP and SwAV on two processes, index, evaluation, one report."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def commands(out: Path, steps: int | None) -> list[list[str]]:
     """Every command of the demo, as one would type it; they work the same on photographs and captions of one's own."""
     train, test, run, collection = (str(out / p) for p in ("digits/train", "digits/test", "run", "collection"))
     results = str(out / "results")
-    # three seeds trained on captions of other scenes, measured once (`make control`)
+    # CLIP alone, three seeds, trained on captions of other scenes, measured once (`make control`)
     control = str(importlib.resources.files("recipes") / "demo_control")
     training = ["pretrain", "demo", f"output={run}", f"data.sources.0.shards={train}"]
     return [

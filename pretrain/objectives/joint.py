@@ -76,7 +76,10 @@ class Joint(nn.Module):
         asked = {name: m for name, o in self.by_name.items() if (m := o.teacher_momentum(step)) is not None}
         if len(set(asked.values())) > 1:
             told = ", ".join(f"{name} {momentum:g}" for name, momentum in asked.items())
-            raise UserError(f"objectives: a run has one momentum teacher, but at step {step} they ask for {told}")
+            raise UserError(
+                f"objectives: a run has one momentum teacher, but at step {step} they ask for {told}; "
+                "set their momentum (and momentum_final) alike, or train them in two runs"
+            )
         return next(iter(asked.values()), None)
 
     def before_step(self, step: int) -> None:

@@ -152,6 +152,6 @@ def _check(image_views, text_views, tokenizer, threads: int, prefetch: int) -> N
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"two views are named {', '.join(twice)}: random numbers go by the name, so each needs its own")
     if text_views and tokenizer is None:
-        raise UserError("text views need a tokenizer")
+        raise UserError("an objective reads captions, but the recipe has model.text: null; give it a text tower")
     if threads < 1 or prefetch < 0:
         raise UserError(f"threads must be at least 1 and prefetch at least 0, got {threads} and {prefetch}")
