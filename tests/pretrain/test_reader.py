@@ -455,7 +455,7 @@ def test_views_must_have_their_own_names(sources):
     order = SampleOrder([s.lengths for s in sources], seed=0, global_batch=4)
     with pytest.raises(UserError, match="two views are named first"):
         Reader(sources, order, (VIEWS[0], VIEWS[0]), (), None, seed=0)
-    with pytest.raises(UserError, match="model.text: null"):
+    with pytest.raises(UserError, match=r"model\.text: null"):
         Reader(sources, order, VIEWS, TEXT, None, seed=0)
 
 
