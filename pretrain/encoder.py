@@ -25,7 +25,7 @@ from pretrain.checkpoint import Checkpoint, find_checkpoint
 from pretrain.errors import UserError
 from pretrain.models.request import FeatureRequest
 from pretrain.models.trunk import Trunk, build_trunk
-from pretrain.recipe import ModelRecipe
+from pretrain.recipe import ModelRecipe, TextRecipe
 from pretrain.views.decode import DamagedSample, decode
 from pretrain.views.geometry import eval_crop
 from pretrain.views.tokenizer import ClipTokenizer
@@ -36,6 +36,13 @@ IMAGE = FeatureRequest("image", "image")
 TEXT = FeatureRequest("text", "text")
 RULES = {"crop": "shortest side bicubic antialiased, centre", "pooling": "embedding", "norm": "unit L2"}
 """What the code below does to a sample: part of the fingerprint, changed when it changes what comes out."""
+NOT_THE_SPACE: Any = {
+    "sync_batchnorm": True, "patch_dropout": True, "regions": True, "lock": True, "text": {"dropout", "tokenizer"},
+}  # fmt: skip
+"""What a recipe says of training alone (and a path: the tokenizer's own digest is in the fingerprint)."""
+ADDED = ("leff",)
+ADDED_TEXT = ("causal", "pool", "projection_bias", "activation", "norm_eps")
+"""Fields younger than the first fingerprints: said only where they differ from what was always so."""
 
 
 class Encoder:
@@ -65,15 +72,20 @@ class Encoder:
         """
         digest = hashlib.sha256(json.dumps(self._space(), sort_keys=True).encode())
         for name, tensor in sorted(self._trunk.state_dict().items()):
-            if tensor.is_floating_point():  # counters (batches seen) do not shape the space
+            # counters (batches seen) do not shape the space, nor does what reads regions in training
+            if tensor.is_floating_point() and not name.startswith("image.regions."):
                 digest.update(f"{name} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.float().cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
     def _space(self) -> dict[str, Any]:
-        model = self.model.model_dump(mode="json", exclude={"sync_batchnorm": True, "text": {"dropout"}})
+        model = self.model.model_dump(mode="json", exclude=NOT_THE_SPACE)
         if self.model.eval_resize in (None, self.image_size):  # the same pixels, whether it is said or not
             del model["eval_resize"]
+        for section, kind, younger in ((model, ModelRecipe, ADDED), (model["text"] or {}, TextRecipe, ADDED_TEXT)):
+            for name in younger:
+                if section.get(name) == kind.model_fields[name].default:
+                    section.pop(name, None)
         return {**RULES, "model": model, "tokenizer": self._tokenizer.digest() if self.has_text else None}
 
     @cached_property

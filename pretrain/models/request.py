@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from pretrain.views.regions import Regions
 
 
 @dataclass(frozen=True)
@@ -13,9 +17,20 @@ class FeatureRequest:
     tower: Literal["image", "text"]
     view: str
     """Name of the `ImageView` or `TextView` the tower reads."""
-    output: Literal["embedding", "pooled"] = "embedding"
-    """`embedding`: projected into the shared space, not normalised; `pooled`: before the projection."""
+    output: Literal["embedding", "pooled", "regions"] = "embedding"
+    """`embedding`: projected into the shared space, not normalised; `pooled`: before the projection; `regions`: the
+    embedding of a `RegionView`'s regions alone, for which `view` names it."""
     from_layer: int | None = None
     """Tokens of this block instead of the tower's end."""
     teacher: bool = False
     """From the momentum teacher, without gradient."""
+
+
+class RegionInput(NamedTuple):
+    """What a request for `regions` reads."""
+
+    regions: Regions
+    of: str
+    """Name of the image view whose map the regions are cut from."""
+    images: Tensor
+    """(b, 3, S, S) uint8: that view."""

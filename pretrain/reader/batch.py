@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pretrain.views.photometric import Draws, apply
+from pretrain.views.regions import Regions
 
 
 @dataclass
@@ -31,6 +32,8 @@ class Batch:
     tokens: dict[str, torch.Tensor]  # view -> (b, context) int64
     captions: dict[str, list[str]]  # view -> the text that was drawn
     damaged: list[dict[str, Any]] = field(default_factory=list)  # step, row, source, id, shard, key, reason
+    present: dict[str, torch.Tensor] = field(default_factory=dict)  # text or region view -> (b,) bool: the row has it
+    regions: dict[str, Regions] = field(default_factory=dict)  # view -> (b, M, …)
     photometric: dict[str, Draws] = field(default_factory=dict)  # view -> changes to come; none for most views
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""What an objective asks of a sample: crops of its image, one of its captions.
+"""What an objective asks of a sample: crops of its image, texts, regions.
 
 A view is a request, not code: the reader makes the union of what all objectives ask for, decodes the image
 once and cuts every crop from it. A view's random numbers are keyed by its name, so adding a view never
@@ -89,10 +89,39 @@ class ImageView:
 
 @dataclass(frozen=True)
 class TextView:
-    """One of the sample's captions: a line of its `extension` member, drawn anew every epoch."""
+    """A text of the sample, drawn anew every epoch where there are several.
+
+    A `line` is one caption of the member `extension`; `tags` names the objects that the member, JSON, lists
+    ("attribute … label, …", the best scored first). A sample without a required text is damaged; without one that
+    is not required, its row is absent: no token, and `Batch.present` says so.
+    """
 
     name: str = "caption"
     extension: str = "txt"
+    form: Literal["line", "tags"] = "line"
+    required: bool = True
+    after: int = 0
+    """n: the n-th line after the one that is drawn, absent where there are no more: several captions of a sample."""
+
+    @property
+    def purpose(self) -> str:
+        """What the draw is keyed by: views that differ in `after` alone share it."""
+        return self.name.partition("+")[0]
+
+
+@dataclass(frozen=True)
+class RegionView:
+    """Regions of the sample's image, the best scored first, at most `most`: objects' boxes, or stored features.
+
+    Without `stored_dim`: boxes of the objects that the member `json` lists, brought into the crop that the image view
+    `of` makes (its flip too), clipped to it; regions that it shows less than half of are left out. With it: the rows
+    of the member `roi.npy`, a detector's `stored_dim` features and four numbers of the box, which know no crop.
+    """
+
+    name: str
+    of: str
+    most: int = 10
+    stored_dim: int | None = None
 
 
 def _check_chance(what: str, p: float) -> None:

@@ -45,7 +45,6 @@ def test_a_bare_path_is_a_source():
         ({"epochs": 2}, "either steps or epochs"),
         ({"model": {"text": {"width": 100, "heads": 8}}}, "multiple of text.heads"),
         ({"data": {"sources": []}}, "data.sources"),
-        ({"model": {"embed_dim": None}}, "model.embed_dim null (no projection) goes with model.text null"),
         ({"model": {"eval_resize": 200}}, "model.eval_resize 200 is less than model.image_size 224"),
         ({"optimizer": {"name": "lamb"}}, "optimizer.name"),
         ({"optimizer": {"nesterov": True, "momentum": 0}}, "optimizer.nesterov needs"),
