@@ -11,6 +11,8 @@ too. On a GPU, `torch.backends.cuda.matmul` decides whether float32 products use
 from pretrain.objectives.functional.assignment import sinkhorn
 from pretrain.objectives.functional.clip import clip_loss, contrastive_grads, contrastive_ranks
 from pretrain.objectives.functional.hydra import hydra_loss, hydra_partners
+from pretrain.objectives.functional.pyramid import pyramid_clip_loss
+from pretrain.objectives.functional.siglip import siglip_loss
 from pretrain.objectives.functional.swav import swav_loss
 
 __all__ = [
@@ -19,6 +21,8 @@ __all__ = [
     "contrastive_ranks",
     "hydra_loss",
     "hydra_partners",
+    "pyramid_clip_loss",
+    "siglip_loss",
     "sinkhorn",
     "swav_loss",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pretrain.distributed.groups import Group
-from pretrain.objectives.functional import contrastive
+from pretrain.objectives.functional.contrastive import ContrastiveLoss, Setting, Term, backward, forward
 from pretrain.objectives.functional.ranks import ranks
 
 CPU_TILE = 1024  # 4 MiB of float32: near a core's L2
@@ -48,8 +48,8 @@ def clip_loss(
     backward is not supported, the gradient is a closed form: create_graph raises RuntimeError.
     """
     _check(image, text, logit_scale, ids, weight, smoothing)
-    tile = _tile(tile, image)
-    return contrastive.ClipLoss.apply(image, text, logit_scale, ids, weight, smoothing, tile, group)
+    setting = Setting([Term(0, 0)], smoothing, False, tile_of(tile, image), group)
+    return ContrastiveLoss.apply(setting, 1, logit_scale, ids, _column(weight), image, text)[0]
 
 
 @torch.no_grad()
@@ -69,9 +69,10 @@ def contrastive_grads(
     Value and gradients are, bit for bit, those of `clip_loss(...)` and its backward.
     """
     _check(image, text, logit_scale, ids, weight, smoothing)
-    tile = _tile(tile, image)
-    loss, pairs, setting, found = contrastive.forward(image, text, logit_scale, ids, weight, smoothing, tile, group)
-    return loss, *contrastive.backward(pairs, setting, found, logit_scale)
+    setting = Setting([Term(0, 0)], smoothing, False, tile_of(tile, image), group)
+    losses, rows, found = forward(setting, [image], [text], logit_scale, ids, _column(weight))
+    (d_image,), (d_text,), d_scale = backward(setting, rows, found, logit_scale)
+    return losses[0], d_image, d_text, d_scale
 
 
 def contrastive_ranks(
@@ -96,10 +97,16 @@ def contrastive_ranks(
         raise ValueError(f"query and gallery must be (Q, D) and (G, D) with the same D, not {shapes}")
     if positives.dim() != 2 or positives.shape[1] != 2:
         raise ValueError(f"positives must be (M, 2) pairs of numbers (query, gallery), not {tuple(positives.shape)}")
-    return ranks(query, gallery, positives, _tile(tile, query), group)
+    return ranks(query, gallery, positives, tile_of(tile, query), group)
 
 
-def _tile(tile: int | None, x: Tensor) -> int:
+def _column(weight: Tensor | None) -> Tensor | None:
+    """One weight a row, as the one term's."""
+    return None if weight is None else weight[:, None]
+
+
+def tile_of(tile: int | None, x: Tensor) -> int:
+    """The edge of a tile that is asked for, or that suits the device."""
     if tile is None:
         return CPU_TILE if x.device.type == "cpu" else GPU_TILE
     if tile < 1:
