@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # faiss-cpu and faiss-gpu share a folder: one of the two, chosen by whether there is a GPU
 FAISS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
-BENCHMARKS := contrastive_loss order tar_reading decode swav_views pipeline clip_step swav_step objective_overhead trainer checkpoint exact_search
+BENCHMARKS := contrastive_loss siglip_loss order tar_reading decode swav_views pipeline clip_step swav_step objective_overhead trainer checkpoint exact_search
 
 .PHONY: install demo test lint bench learning control ci-deps clean
 install: .venv/installed

@@ -13,20 +13,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from index.search.opened import Index
     from pretrain.encoder import Encoder
+    from pretrain.weights.which import Which
 
 DOC = """Pretrain vision and vision-language encoders, index what they see, judge what they learned.
 
 `polyview RECIPE [key=value …]` trains. The same verbs stand behind `python -m pretrain|index|downstream|slurm`."""
 
 
-def load(checkpoint: str | Path, device: str = "auto", teacher: bool = False) -> Encoder:
+def load(checkpoint: str | Path, device: str = "auto", weights: Which = "model") -> Encoder:
     """The encoder of a run, a checkpoints folder or one checkpoint: `.encode_image(images)`, `.encode_text(texts)`.
 
-    `teacher`: the run's momentum teacher, where an objective has one (DINO, MoCo).
+    `weights`: "model" is what was trained; "teacher" its momentum teacher, where an objective has one (DINO, MoCo);
+    "ema" its running average, where the recipe keeps one.
     """
     from pretrain.encoder import load as load_encoder
 
-    return load_encoder(checkpoint, device=device, teacher=teacher)
+    return load_encoder(checkpoint, device=device, weights=weights)
 
 
 def open_index(folder: str | Path) -> Index:

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
 
     with process_group() as process:
         weights = open_weights(
-            args.checkpoint, untrained=args.untrained, teacher=args.teacher, device=process.device, name=args.name
+            args.checkpoint, untrained=args.untrained, weights=args.weights, device=process.device, name=args.name
         )
         if done := evaluate_knn(weights, Samples(args.train), Samples(args.test), output=args.features):
             hand_over(done, args.out)

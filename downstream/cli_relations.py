@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     if args.top < 1:
         raise UserError(f"--top {args.top}: at least 1 pair must be listed")
     names = read_lines(args.classnames) if args.classnames else []
-    weights = open_weights(args.checkpoint, untrained=args.untrained, teacher=args.teacher, name=args.name)
+    weights = open_weights(args.checkpoint, untrained=args.untrained, weights=args.weights, name=args.name)
     done = evaluate_relations(weights, open_gates(weights, args.checkpoint), names, top=args.top)
     hand_over(done, args.out)
     print(f"  -> {write_alone([(done.result, done.pictures)], args.out)}")

@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
 
     with process_group() as process:
         weights = open_weights(
-            args.checkpoint, untrained=args.untrained, teacher=args.teacher, device=process.device, name=args.name
+            args.checkpoint, untrained=args.untrained, weights=args.weights, device=process.device, name=args.name
         )
         if done := evaluate_retrieval(weights, Samples(args.shards)):
             hand_over(done, args.out)

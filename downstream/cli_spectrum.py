@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     with process_group() as process:
         samples, found = Samples(args.shards), []
         names: set[str] = set()
-        first: dict[str, Any] = {"untrained": args.untrained, "teacher": args.teacher, "name": args.name}
+        first: dict[str, Any] = {"untrained": args.untrained, "weights": args.weights, "name": args.name}
         wanted: list[tuple[Path, dict[str, Any]]] = [(args.checkpoint, first), *((path, {}) for path in args.control)]
         for path, which in wanted:
             weights = open_weights(path, device=process.device, **which)

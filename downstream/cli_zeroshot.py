@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     check_templates(templates, str(forms))
     with process_group() as process:
         weights = open_weights(
-            args.checkpoint, untrained=args.untrained, teacher=args.teacher, device=process.device, name=args.name
+            args.checkpoint, untrained=args.untrained, weights=args.weights, device=process.device, name=args.name
         )
         if done := evaluate_zeroshot(weights, samples, read_lines(names), templates):
             hand_over(done, args.out)

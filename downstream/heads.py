@@ -29,7 +29,7 @@ def open_projector(weights: Weights, path: Path) -> tuple[str, nn.Module] | None
 
     Of several objectives, the first that has one.
     """
-    if weights.teacher:  # the projector is the student's
+    if weights.which != "model":  # the projector was trained with it, and is kept as it was trained
         return None
     checkpoint = find_checkpoint(path)
     for name in checkpoint.meta["recipe"]["objectives"]:

@@ -6,19 +6,21 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pretrain.weights.which import add_weights
+
 if TYPE_CHECKING:
     from downstream.evaluate import Evaluation
 
 
 def add_encoder(parser: argparse.ArgumentParser) -> None:
-    """CHECKPOINT, --out, --untrained or --teacher, --name."""
+    """CHECKPOINT, --out, --untrained or --weights, --name."""
     parser.add_argument("checkpoint", type=Path, help="a run folder, its checkpoints folder, or one step's folder")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder for the result (JSON) and its pictures"
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--untrained", action="store_true", help="the same architecture before any training")
-    which.add_argument("--teacher", action="store_true", help="the run's momentum teacher (DINO, MoCo)")
+    add_weights(which)
     parser.add_argument("--name", help="what the result calls these weights (default: RUN@step_N, or untrained)")
 
 

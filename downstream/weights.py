@@ -20,6 +20,7 @@ from pretrain.encoder import Encoder, stored_model
 from pretrain.models.request import FeatureRequest
 from pretrain.models.trunk import Trunk, build_trunk
 from pretrain.weights.native import load_trunk
+from pretrain.weights.which import Which
 
 Output = Literal["embedding", "pooled"]
 
@@ -34,7 +35,7 @@ class Weights:
     run: str
     step: int
     untrained: bool
-    teacher: bool = False
+    which: Which = "model"
 
     @torch.inference_mode()
     def image_features(self, images: Tensor, output: Output) -> Tensor:
@@ -62,25 +63,26 @@ def open_weights(
     path: Path,
     *,
     untrained: bool = False,
-    teacher: bool = False,
+    weights: Which = "model",
     device: str | torch.device = "auto",
     name: str | None = None,
 ) -> Weights:
     """The encoder of a run folder (its newest whole checkpoint), a checkpoints folder, or one step's folder.
 
     `untrained`: the same architecture with the weights the run began with (recipe and seed are the
-    checkpoint's). `teacher`: the momentum teacher of the run's objectives. `name`: what the result calls it; else
-    "RUN@step_00000100", with "-teacher" behind it, or "untrained".
+    checkpoint's). `weights`: what was trained, or its momentum teacher or running average. `name`: what the result
+    calls it; else "RUN@step_00000100", with "-teacher" or "-ema" behind it, or "untrained".
 
     Raises:
-        UserError: no whole checkpoint there, it does not say which model it holds, or it holds no teacher.
+        UserError: no whole checkpoint there, it does not say which model it holds, or it holds no such weights.
     """
     checkpoint = find_checkpoint(path)
     model, recipe = stored_model(checkpoint), checkpoint.meta["recipe"]
     trunk = build_trunk(model, seed=recipe.get("seed", 0))
     if not untrained:
-        load_trunk(trunk, checkpoint, "teacher" if teacher else "model")
+        load_trunk(trunk, checkpoint, weights)
     run = str(recipe.get("name", path.resolve().name))
-    called = name or (UNTRAINED if untrained else f"{run}@{checkpoint.path.name}{'-teacher' * teacher}")
+    copied = "" if weights == "model" else f"-{weights}"
+    called = name or (UNTRAINED if untrained else f"{run}@{checkpoint.path.name}{copied}")
     step = 0 if untrained else checkpoint.step
-    return Weights(Encoder(trunk, model, device=device), trunk, called, run, step, untrained, teacher)
+    return Weights(Encoder(trunk, model, device=device), trunk, called, run, step, untrained, weights)

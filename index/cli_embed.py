@@ -12,6 +12,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pretrain.weights.which import add_weights
+
 if TYPE_CHECKING:
     from index.embed.job import Counts
 
@@ -23,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=64, help="images encoded at once (default 64)")
     parser.add_argument("--threads", type=int, default=2, help="decoding threads (default 2)")
     parser.add_argument("--images", action="store_true", help="images only, no captions")
-    parser.add_argument("--teacher", action="store_true", help="the run's momentum teacher (DINO, MoCo)")
+    add_weights(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
 
 
@@ -35,9 +37,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.batch < 1 or args.threads < 1:
         raise UserError(f"--batch {args.batch} and --threads {args.threads} must be at least 1")
-    encoder = load(args.checkpoint, device=args.device, teacher=args.teacher)
+    encoder = load(args.checkpoint, device=args.device, weights=args.weights)
     tars = list(dict.fromkeys(open_source(args.shards).shards))
-    options = Options(args.batch, not args.images, args.threads, str(args.checkpoint.resolve()), args.teacher)
+    options = Options(args.batch, not args.images, args.threads, str(args.checkpoint.resolve()), args.weights)
     rank, world = rank_and_world()
     counts = embed_shards(encoder, tars, args.out, options, rank=rank, world=world)
     print(summary(counts, rank, world))

@@ -30,6 +30,7 @@ from pretrain.views.decode import DamagedSample, decode
 from pretrain.views.geometry import eval_crop
 from pretrain.views.tokenizer import ClipTokenizer
 from pretrain.weights.native import load_trunk
+from pretrain.weights.which import Which
 
 ImageLike = bytes | str | Path | Image.Image | np.ndarray
 IMAGE = FeatureRequest("image", "image")
@@ -172,20 +173,20 @@ def load(
     path: str | Path,
     device: str | torch.device = "auto",
     precision: Literal["fp32", "bf16"] = "fp32",
-    teacher: bool = False,
+    weights: Which = "model",
 ) -> Encoder:
     """The encoder in a run folder (its newest whole checkpoint), a checkpoints folder, or one step's folder.
 
-    `teacher`: its momentum teacher instead of the weights that were trained (DINO's figures are its teacher's).
+    `weights`: what was trained, its momentum teacher (DINO's figures are its teacher's), or its running average.
 
     Raises:
         UserError: there is no whole checkpoint, its tensors are not those of the model its recipe names, or it holds
-            no teacher.
+            no such weights.
     """
     checkpoint = find_checkpoint(path)
     model = stored_model(checkpoint)
     trunk = build_trunk(model, seed=0)
-    load_trunk(trunk, checkpoint, "teacher" if teacher else "model")
+    load_trunk(trunk, checkpoint, weights)
     return Encoder(trunk, model, device=device, precision=precision)
 
 

@@ -53,6 +53,7 @@ def assemble(recipe: Recipe, samples: int, process: Process) -> Parts:
         seed=recipe.seed,
         rank=process.rank,
         world=process.world,
+        regions=recipe.model.regions,
     )
     joint = Joint(build(recipe.objectives, facts))
     teacher = _has_teacher(joint, facts.total_steps)

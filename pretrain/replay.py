@@ -22,6 +22,7 @@ from pretrain.data import open_data
 from pretrain.distributed.process import Process
 from pretrain.distributed.syncbn import frozen_statistics
 from pretrain.errors import UserError
+from pretrain.models.request import RegionInput
 from pretrain.objectives.base import Features
 from pretrain.optim.schedule import rates_at
 from pretrain.parts import assemble
@@ -86,8 +87,10 @@ def replay(run: Path, step: int, *, advance: bool = False) -> Replayed:
     state = _State(recipe, order.samples, checkpoint)
     joint = state.parts.joint
     tokenizer = ClipTokenizer(recipe.model.text.context) if recipe.model.text else None
-    views = joint.image_views(recipe.model.image_size), joint.text_views()
-    reader = Reader(sources, order, *views, tokenizer, seed=recipe.seed, threads=recipe.data.threads, max_damaged=1.0)
+    reader = Reader(
+        sources, order, joint.image_views(recipe.model.image_size), joint.text_views(), tokenizer,
+        region_views=joint.region_views(), seed=recipe.seed, threads=recipe.data.threads, max_damaged=1.0,
+    )  # fmt: skip
     try:
         if advance:
             state.advance(reader, index, total)
@@ -137,7 +140,8 @@ class _State:
         with frozen_statistics(backend.trunk), frozen_statistics(joint):
             for rank, micro, rows in self._forwards(len(batch)):
                 seed_draws(self.recipe.seed, batch.step, rank, micro)
-                for r, feature in backend.forward({r: x[rows] for r, x in inputs.items()}).items():
+                taken = {r: x.take(rows) if isinstance(x, RegionInput) else x[rows] for r, x in inputs.items()}
+                for r, feature in backend.forward(taken).items():
                     features.setdefault(r, feature.new_empty(len(batch), *feature.shape[1:]))[rows] = feature
             return joint.sample_losses(features, batch)
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pretrain.backends.base import Backend
+from pretrain.backends.base import Backend, Inputs
 from pretrain.backends.replicated import Replicated
 from pretrain.distributed.groups import Group
 from pretrain.distributed.syncbn import frozen_statistics
-from pretrain.models.request import FeatureRequest
+from pretrain.models.request import FeatureRequest, RegionInput
 from pretrain.objectives.base import Features
 from pretrain.objectives.joint import Joint
 from pretrain.optim.schedule import Rates
@@ -47,6 +47,7 @@ class TwoStage:
         self.accumulation, self.seed, self.rank, self.group = accumulation, seed, rank, group
         self.requests = joint.requests()
         self.taught = [r for r in self.requests if not r.teacher]
+        self.region_views = {view.name: view for view in joint.region_views()}
 
     def __call__(self, batch: Batch) -> StepResult:
         """Gradients of the global mean loss into the backend's and the objectives' parameters."""
@@ -64,10 +65,15 @@ class TwoStage:
         self._second_pass(micro, leaves)
         return StepResult(loss, figures, _detached(leaves))
 
-    def inputs(self, batch: Batch, requests: Sequence[FeatureRequest] | None = None) -> dict[FeatureRequest, Tensor]:
+    def inputs(self, batch: Batch, requests: Sequence[FeatureRequest] | None = None) -> Inputs:
         """What the trunk reads for every request."""
-        views = {"image": batch.images, "text": batch.tokens}
-        return {r: views[r.tower][r.view] for r in self.requests if requests is None or r in requests}
+        return {r: self._input(r, batch) for r in self.requests if requests is None or r in requests}
+
+    def _input(self, request: FeatureRequest, batch: Batch) -> Tensor | RegionInput:
+        if request.output == "regions":
+            of = self.region_views[request.view].of
+            return RegionInput(batch.regions[request.view], of, batch.images[of])
+        return (batch.images if request.tower == "image" else batch.tokens)[request.view]
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         size = len(batch.weight) // self.accumulation
@@ -129,6 +135,7 @@ def update(
     replicated.step(rates)
     if momentum is not None:
         backend.update_teacher(momentum, step)
+    backend.update_ema(step)
     joint.after_step(step)
     return norm
 

@@ -208,7 +208,8 @@ def _first_views(features: Features) -> dict[FeatureRequest, str]:
     """The image features that signals are read from, and what they are called."""
     found: dict[str, FeatureRequest] = {}
     for request in features:
-        if request.tower == "image" and request.from_layer is None and not request.teacher:
+        whole = request.from_layer is None and request.output in ("embedding", "pooled")
+        if request.tower == "image" and whole and not request.teacher:
             found.setdefault(request.output, request)
     return {r: r.view if output == "embedding" else f"{r.view}.{output}" for output, r in found.items()}
 
@@ -234,6 +235,7 @@ def _setup(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
         joint.image_views(recipe.model.image_size),
         joint.text_views(),
         ClipTokenizer(recipe.model.text.context) if recipe.model.text else None,
+        region_views=joint.region_views(),
         seed=recipe.seed,
         rank=process.rank,
         world=process.world,

@@ -24,6 +24,7 @@ from index.store.unit import CANARY_ROWS, Done, UnitRows, read_done, tar_identit
 from pretrain.encoder import Encoder
 from pretrain.errors import UserError
 from pretrain.shards.index import load_index
+from pretrain.weights.which import Which
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class Options:
     texts: bool = True
     threads: int = 2
     checkpoint: str = ""  # kept as provenance
-    teacher: bool = False  # likewise: the checkpoint's momentum teacher was the encoder
+    weights: Which = "model"  # likewise: which of the checkpoint's weights was the encoder
 
 
 @dataclass
@@ -99,7 +100,7 @@ def _embed_tar(encoder: Encoder, tar: Path, identity: str, unit: Path, options: 
         skipped=dict(Counter(s["reason"].partition(":")[0] for s in rows.skipped)),
         encoder={
             "checkpoint": options.checkpoint,
-            "teacher": options.teacher,
+            "weights": options.weights,
             "image_size": encoder.image_size,
             "has_text": encoder.has_text,
         },

@@ -8,7 +8,7 @@ meanwhile.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from pretrain.encoder import Encoder
 from pretrain.encoder import load as load_encoder
 from pretrain.errors import UserError
 from pretrain.views.decode import DamagedSample
+from pretrain.weights.which import Which
 
 IN_MEMORY = 2**30  # bytes of float32 rows
 
@@ -68,7 +69,7 @@ class Index:
         if not path or not Path(path).exists():
             where = f"its encoder is no longer at {path}" if path else "it does not say where its encoder is"
             raise UserError(f"{self.folder}: {where}; name the checkpoint with --encoder")
-        encoder = load_encoder(Path(path), teacher=bool(self.manifest.encoder.get("teacher")))
+        encoder = load_encoder(Path(path), weights=_which(self.manifest.encoder))
         self._accept(encoder)
         return encoder
 
@@ -172,6 +173,11 @@ class Index:
             return self.encoder.encode_image(list(queries))
         except DamagedSample as damage:
             raise BadInput(f"queries: {damage.reason}") from None
+
+
+def _which(noted: Mapping[str, Any]) -> Which:
+    """Which of a checkpoint's weights embedded a collection; older ones say `teacher: true`."""
+    return noted.get("weights") or ("teacher" if noted.get("teacher") else "model")
 
 
 def _unit_rows(vectors: np.ndarray, dim: int) -> np.ndarray:

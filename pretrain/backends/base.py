@@ -9,10 +9,10 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from pretrain.checkpoint import Checkpoint, Fragment
-from pretrain.models.request import FeatureRequest
+from pretrain.models.request import FeatureRequest, RegionInput
 from pretrain.optim.schedule import Rates
 
-Inputs = Mapping[FeatureRequest, Tensor]
+Inputs = Mapping[FeatureRequest, Tensor | RegionInput]
 
 
 class Backend(Protocol):
@@ -39,6 +39,9 @@ class Backend(Protocol):
 
     def update_teacher(self, momentum: float, step: int) -> None:
         """Bring the momentum teacher forward after 0-based `step`."""
+
+    def update_ema(self, step: int) -> None:
+        """Bring the running average forward after 0-based `step`, where the recipe keeps one."""
 
     def fragments(self) -> list[Fragment]:
         """What this rank writes of parameters, buffers and optimizer state."""

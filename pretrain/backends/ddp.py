@@ -21,7 +21,7 @@ from pretrain.backends.state import load_optimizer, optimizer_tensors
 from pretrain.checkpoint import Checkpoint, Fragment, slice_for_rank
 from pretrain.distributed.process import Process
 from pretrain.errors import UserError
-from pretrain.models.momentum import MomentumCopy
+from pretrain.models.momentum import MomentumCopy, ema_momentum
 from pretrain.models.request import FeatureRequest
 from pretrain.models.trunk import Trunk
 from pretrain.objectives.functional.reduction import at_least_fp32
@@ -29,6 +29,7 @@ from pretrain.optim.build import build_optimizer, set_rates
 from pretrain.optim.schedule import Rates
 from pretrain.recipe import Recipe
 from pretrain.weights.native import load_trunk
+from pretrain.weights.which import Which
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ class DDP:
     def __init__(self, trunk: Trunk, recipe: Recipe, process: Process, *, teacher: bool = False) -> None:
         self.trunk = trunk.to(process.device)
         self.teacher = MomentumCopy(self.trunk) if teacher else None
+        self.ema = MomentumCopy(self.trunk) if recipe.ema else None
+        self._ema_recipe = recipe.ema
         self._process = process
         self._autocast_dtype = torch.bfloat16 if recipe.precision == "bf16" else None
         self._optimizer = build_optimizer(dict(trunk.named_parameters()), recipe.optimizer)
@@ -115,17 +118,27 @@ class DDP:
         assert self.teacher is not None
         self.teacher.update(self.trunk, momentum, step)
 
-    def fragments(self) -> list[Fragment]:
-        tensors = {f"model.{name}": t for name, t in self.trunk.state_dict().items()}
+    def update_ema(self, step: int) -> None:
+        if self.ema is not None and self._ema_recipe is not None:
+            self.ema.update(self.trunk, ema_momentum(self._ema_recipe, step), step)
+
+    def _weights(self) -> dict[Which, Trunk]:
+        """Every set of weights that is kept: the trained ones and their copies."""
+        kept: dict[Which, Trunk] = {"model": self.trunk}
         if self.teacher is not None:
-            tensors |= {f"teacher.{name}": t for name, t in self.teacher.copy.state_dict().items()}
+            kept["teacher"] = self.teacher.copy
+        if self.ema is not None:
+            kept["ema"] = self.ema.copy
+        return kept
+
+    def fragments(self) -> list[Fragment]:
+        tensors = {f"{of}.{name}": t for of, trunk in self._weights().items() for name, t in trunk.state_dict().items()}
         tensors |= optimizer_tensors("optim", self._optimizer, dict(self.trunk.named_parameters()))
         return slice_for_rank(tensors, self._process.rank, self._process.world)
 
     def load(self, checkpoint: Checkpoint) -> None:
-        load_trunk(self.trunk, checkpoint)
-        if self.teacher is not None:
-            load_trunk(self.teacher.copy, checkpoint, "teacher")
+        for of, trunk in self._weights().items():
+            load_trunk(trunk, checkpoint, of)
         load_optimizer("optim", self._optimizer, dict(self.trunk.named_parameters()), checkpoint)
 
     def describe(self) -> str:

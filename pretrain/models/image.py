@@ -19,7 +19,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from pretrain.errors import UserError
+from pretrain.models.leff import use_leff
+from pretrain.models.regions import RegionBranch
 from pretrain.recipe import ModelRecipe
+from pretrain.views.regions import Regions
 
 
 class ImageTower(nn.Module):
@@ -38,6 +41,9 @@ class ImageTower(nn.Module):
         self.projection: nn.Linear | None = None
         self.pooled_dim: int = self.backbone.head_hidden_size
         self.embed_dim: int = recipe.embed_dim or self.pooled_dim
+        if recipe.leff:
+            use_leff(self.backbone, recipe.leff, self.name)
+        self.regions = RegionBranch(recipe.regions, self.backbone, self.name) if recipe.regions else None
         if recipe.embed_dim and not _projects_itself(self.backbone):
             self.projection = nn.Linear(self.pooled_dim, recipe.embed_dim, bias=False)
         init(self)
@@ -49,22 +55,37 @@ class ImageTower(nn.Module):
         """(B, 3, S, S) uint8 -> the named outputs.
 
         `embedding` (B, embed_dim), not of unit length; `pooled` (B, C) before the projection; a number n:
-        the tokens (B, L, width) of block n, class token first where there is one, before the final norm.
+        the tokens (B, L, width) of block n, class token first where there is one, before the final norm;
+        `map` (B, C, g, g): what regions are cut from, detached.
 
         Raises:
             UserError: images of a size the tower does not take, or a block it does not have.
         """
         x = self._normalise(images)
-        layers = sorted(o for o in outputs if isinstance(o, int))
+        map_layer = self.regions.map_layer(self.backbone) if self.regions and "map" in outputs else None
+        layers = sorted({o for o in (*outputs, map_layer) if isinstance(o, int)})
         if layers:
             x, found = self._with_tokens(x, layers)
         else:
             x, found = self._features(x), {}
+        if "map" in outputs:
+            found["map"] = x.detach() if map_layer is None else self._grid(found[map_layer].detach())
         if {"embedding", "pooled"} & set(outputs):
             found["pooled"] = self.backbone.forward_head(x, pre_logits=True)
         if "embedding" in outputs:
             found["embedding"] = self._project(found["pooled"])
         return found
+
+    def embed_regions(self, regions: Regions, image_map: Tensor | None) -> Tensor:
+        """(b, embed_dim) embedding of each row's regions; see `RegionBranch`."""
+        if self.regions is None:
+            raise UserError("regions were requested, but the recipe has model.regions: null; give it model.regions: {}")
+        return self.regions(self.backbone, self._project, regions, image_map)
+
+    def _grid(self, tokens: Tensor) -> Tensor:
+        """(B, L, C) tokens of a block -> (B, C, g, g), prefix tokens left out."""
+        patches = tokens[:, self.backbone.num_prefix_tokens :].transpose(1, 2)
+        return patches.unflatten(2, self.backbone.patch_embed.grid_size)
 
     def _project(self, pooled: Tensor) -> Tensor:
         if self.projection is not None:

@@ -1,4 +1,5 @@
-"""A momentum teacher: a copy of a module that follows it slowly and takes no gradient (He et al. 2020, MoCo, §3.2).
+"""A copy of a module that follows it slowly and takes no gradient: a momentum teacher (He et al. 2020, MoCo, §3.2), or
+a running average of the weights (Polyak & Juditsky 1992, with exponential weights).
 
 It runs in evaluation mode, and BatchNorm's running statistics follow the student's as the weights do (Cai et al.
 2021, EMAN). So a teacher's row depends on that row alone: there is no leak through batch statistics that MoCo's
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from pretrain.recipe import EmaRecipe
 
 FOLLOW = 10
 """Statistics follow at least as fast as a mean over the last steps / FOLLOW + 1: they begin at (0, 1), far off."""
@@ -45,3 +48,12 @@ class MomentumCopy(nn.Module):
         for mine, its in buffers:
             if not mine.is_floating_point():
                 mine.copy_(its)
+
+
+def ema_momentum(recipe: EmaRecipe, step: int) -> float:
+    """How much of the average stays after 0-based `step`.
+
+    With warm-up min(decay, (1 + step) / (10 + step)), the rule of TensorFlow's ExponentialMovingAverage(num_updates):
+    0.1 at first, 0.5 after 8 steps, 0.99 after 890: the average is of about the last tenth of the steps done.
+    """
+    return min(recipe.decay, (1 + step) / (10 + step)) if recipe.warmup else recipe.decay

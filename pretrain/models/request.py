@@ -17,9 +17,9 @@ class FeatureRequest:
     tower: Literal["image", "text"]
     view: str
     """Name of the `ImageView` or `TextView` the tower reads."""
-    output: Literal["embedding", "pooled", "regions"] = "embedding"
+    output: Literal["embedding", "pooled", "regions", "map"] = "embedding"
     """`embedding`: projected into the shared space, not normalised; `pooled`: before the projection; `regions`: the
-    embedding of a `RegionView`'s regions alone, for which `view` names it."""
+    embedding of a `RegionView`'s regions alone, for which `view` names it; `map`: what regions are cut from."""
     from_layer: int | None = None
     """Tokens of this block instead of the tower's end."""
     teacher: bool = False
@@ -34,3 +34,17 @@ class RegionInput(NamedTuple):
     """Name of the image view whose map the regions are cut from."""
     images: Tensor
     """(b, 3, S, S) uint8: that view."""
+
+    def take(self, rows: Tensor) -> RegionInput:
+        """The rows of these numbers."""
+        return self._replace(regions=Regions(*(part[rows] for part in self.regions)), images=self.images[rows])
+
+    @property
+    def cut(self) -> bool:
+        """Whether regions are cut from the crop's map; else their features are stored."""
+        return not self.regions.features.shape[2]
+
+    @property
+    def map_request(self) -> FeatureRequest:
+        """The map that they are cut from."""
+        return FeatureRequest("image", self.of, output="map")

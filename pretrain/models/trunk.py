@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pretrain.errors import UserError
 from pretrain.models.image import ImageTower
-from pretrain.models.request import FeatureRequest
+from pretrain.models.request import FeatureRequest, RegionInput
 from pretrain.models.text import TextTower
 from pretrain.recipe import ModelRecipe
 
@@ -35,18 +35,24 @@ class Trunk(nn.Module):
         """Width of the image tower's `pooled`."""
         self.text = TextTower(model.text, self.embed_dim, model.activation) if model.text else None
 
-    def forward(self, inputs: dict[FeatureRequest, Tensor]) -> dict[FeatureRequest, Tensor]:
+    def forward(self, inputs: dict[FeatureRequest, Tensor | RegionInput]) -> dict[FeatureRequest, Tensor]:
         """Each request's feature.
 
         Images are (b, 3, S, S) uint8, tokens (b, L) int64; `embedding` is (b, embed_dim), not of unit length,
-        `pooled` (b, C), tokens of a block (b, L, width). Requests of one view are answered from one pass.
+        `pooled` (b, C), tokens of a block (b, L, width). Requests of one view are answered from one pass, regions
+        from the map that the pass over their crop leaves.
 
         Raises:
             UserError: texts for a trunk without a text tower; what the towers refuse.
         """
+        regions = {request: x for request, x in inputs.items() if isinstance(x, RegionInput)}
+        views = {request: x for request, x in inputs.items() if isinstance(x, Tensor)}
+        views |= {x.map_request: x.images for x in regions.values() if x.cut}
         features: dict[FeatureRequest, Tensor] = {}
-        for (tower, _), requests in _by_shape(inputs):
-            features |= _run(self._tower(tower), requests, inputs)
+        for (tower, _), requests in _by_shape(views):
+            features |= _run(self._tower(tower), requests, views)
+        for request, x in regions.items():
+            features[request] = self.image.embed_regions(x.regions, features[x.map_request] if x.cut else None)
         return {request: features[request] for request in inputs}
 
     def _tower(self, name: str) -> Tower:

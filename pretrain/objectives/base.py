@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from pretrain.distributed.groups import Group
 from pretrain.models.request import FeatureRequest
-from pretrain.views.spec import ImageView, TextView
+from pretrain.recipe import RegionRecipe
+from pretrain.views.spec import ImageView, RegionView, TextView
 
 if TYPE_CHECKING:
     from pretrain.reader import Batch
@@ -48,6 +49,8 @@ class RunFacts:
     seed: int
     rank: int = 0
     world: int = 1
+    regions: RegionRecipe | None = None
+    """What the image tower can read of regions; None: nothing."""
 
 
 class Closed(BaseModel):
@@ -108,6 +111,10 @@ class Objective(nn.Module, ABC):
 
     def text_views(self) -> list[TextView]:
         """Texts this objective wants of every sample."""
+        return []
+
+    def region_views(self) -> list[RegionView]:
+        """Regions this objective wants of every image."""
         return []
 
     @abstractmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from pretrain.distributed.groups import Group
 from pretrain.errors import UserError
 from pretrain.models.request import FeatureRequest
 from pretrain.objectives.base import Features, Objective
-from pretrain.views.spec import ImageView, TextView
+from pretrain.views.spec import ImageView, RegionView, TextView
 
 if TYPE_CHECKING:
     from pretrain.reader import Batch
@@ -43,6 +43,10 @@ class Joint(nn.Module):
     def text_views(self) -> list[TextView]:
         """Union of the texts asked for; UserError as for `image_views`."""
         return _union([(n, v) for n, o in self.by_name.items() for v in o.text_views()])
+
+    def region_views(self) -> list[RegionView]:
+        """Union of the regions asked for; UserError as for `image_views`."""
+        return _union([(n, v) for n, o in self.by_name.items() for v in o.region_views()])
 
     def requests(self) -> list[FeatureRequest]:
         """Union of the features asked for, in a stable order."""
@@ -100,7 +104,7 @@ class Joint(nn.Module):
         return lines
 
 
-def _union(asked: list[tuple[str, ImageView]] | list[tuple[str, TextView]]) -> list:
+def _union(asked: Sequence[tuple[str, ImageView | TextView | RegionView]]) -> list:
     views: dict = {}
     for objective, view in asked:
         if views.setdefault(view.name, view) != view:

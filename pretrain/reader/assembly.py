@@ -21,11 +21,14 @@ from pretrain.order import Order
 from pretrain.philox import uniforms
 from pretrain.reader.batch import Batch
 from pretrain.reader.blocks import Blocks, Sample
-from pretrain.reader.samples import NO_LABEL, draw_caption, image_bytes, label
+from pretrain.reader.fields import Fields
+from pretrain.reader.samples import NO_LABEL, image_bytes, label
+from pretrain.shards.roi import BOX
 from pretrain.views.decode import DamagedSample, Scratch, decode
-from pretrain.views.geometry import UNIFORMS, random_resized_crop
+from pretrain.views.geometry import UNIFORMS, crop_box, random_resized_crop
 from pretrain.views.photometric import draw
-from pretrain.views.spec import ImageView, TextView
+from pretrain.views.regions import Regions, in_crop
+from pretrain.views.spec import ImageView, RegionView, TextView
 from pretrain.views.tokenizer import ClipTokenizer
 
 ROWS_A_TASK = 16
@@ -39,12 +42,16 @@ class Plan:
     blocks: Blocks
     image_views: tuple[ImageView, ...]
     text_views: tuple[TextView, ...]
+    region_views: tuple[RegionView, ...]
     tokenizer: ClipTokenizer | None
     seed: int
     rank: int
     world: int
     max_pixels: int
     scratch: Scratch
+
+    def image_view(self, name: str) -> ImageView:
+        return next(view for view in self.image_views if view.name == name)
 
 
 class Job:
@@ -77,7 +84,7 @@ class Job:
             of = self._of
             self._rows = of.order.batch(self._step, of.rank, of.world)
             ids, source, epoch = self._rows
-            draws = {view.name: UNIFORMS for view in of.image_views} | {view.name: 1 for view in of.text_views}
+            draws = {view.name: UNIFORMS for view in of.image_views} | {view.purpose: 1 for view in of.text_views}
             self._u = {name: uniforms(of.seed, epoch, source, ids, name, n) for name, n in draws.items()}
             changed = [view for view in of.image_views if view.photometric]
             self._photometric = {view.name: draw(view, of.seed, epoch, source, ids) for view in changed}
@@ -90,6 +97,11 @@ class Job:
     def _make_room(self, rows: int) -> None:
         self._images = {v.name: np.empty((rows, 3, v.size, v.size), np.uint8) for v in self._of.image_views}
         self._captions = {v.name: [""] * rows for v in self._of.text_views}
+        optional = [v.name for v in self._of.text_views if not v.required or v.after]
+        optional += [v.name for v in self._of.region_views]
+        self._present = {name: np.zeros(rows, bool) for name in optional}
+        self._regions = {v.name: _no_regions(rows, v) for v in self._of.region_views}
+        self._left_out: list[dict[str, str]] = [{}] * rows  # member -> what is wrong with it
         self._labels = np.full(rows, NO_LABEL, np.int64)
         self._reasons: list[str | None] = [None] * rows
         self._samples: list[Sample | None] = [None] * rows
@@ -112,23 +124,45 @@ class Job:
                 self._complete()
 
     def _fill_row(self, row: int, sample: Sample) -> None:
+        fields = Fields(sample.members)
         try:
             if self._of.image_views:
-                pixels = decode(image_bytes(sample.members), max_pixels=self._of.max_pixels, scratch=self._of.scratch)
-                for view in self._of.image_views:
-                    np.copyto(
-                        self._images[view.name][row],
-                        random_resized_crop(pixels, view, self._u[view.name][row]).numpy(),
-                    )
+                self._fill_images(row, sample, fields)
             for text in self._of.text_views:
-                u = float(self._u[text.name][row, 0])
-                self._captions[text.name][row] = draw_caption(sample.members, text.extension, u)
+                line = fields.text(text, float(self._u[text.purpose][row, 0]))
+                self._captions[text.name][row] = line or ""
+                if text.name in self._present:
+                    self._present[text.name][row] = line is not None
             self._labels[row] = label(sample.members)
         except DamagedSample as damage:
             self._reasons[row] = damage.reason
         except Exception as error:
             error.add_note(f"sample {sample.key} of shard {sample.shard}, step {self._step}")
             raise
+        self._left_out[row] = fields.left_out
+
+    def _fill_images(self, row: int, sample: Sample, fields: Fields) -> None:
+        pixels = decode(image_bytes(sample.members), max_pixels=self._of.max_pixels, scratch=self._of.scratch)
+        for view in self._of.image_views:
+            np.copyto(
+                self._images[view.name][row],
+                random_resized_crop(pixels, view, self._u[view.name][row]).numpy(),
+            )
+        for region_view in self._of.region_views:
+            self._fill_regions(row, region_view, fields, pixels.shape[0], pixels.shape[1])
+
+    def _fill_regions(self, row: int, view: RegionView, fields: Fields, height: int, width: int) -> None:
+        boxes, features, mask = self._regions[view.name]
+        if view.stored_dim is None:
+            of, u = self._of.image_view(view.of), self._u[view.of][row]
+            crop = crop_box(height, width, of, u)
+            found = in_crop(fields.boxes(), height, width, crop, flipped=u[-1] < of.flip)[: view.most]
+            boxes[row, : len(found)] = found
+        else:
+            found = fields.stored(view.stored_dim)[: view.most]
+            features[row, : len(found)] = found
+        mask[row, : len(found)] = True
+        self._present[view.name][row] = len(found) > 0
 
     def _complete(self) -> None:
         good = np.array([reason is None for reason in self._reasons])
@@ -144,42 +178,62 @@ class Job:
             weight=torch.from_numpy(good.astype(np.float32)),
             labels=torch.from_numpy(self._labels),
             images={name: torch.from_numpy(pixels) for name, pixels in self._images.items()},
-            tokens={name: tokenizer(texts) for name, texts in self._captions.items()} if tokenizer else {},
+            tokens={name: self._tokens(name, tokenizer) for name in self._captions} if tokenizer else {},
             captions=self._captions,
             damaged=self._damaged(),
+            present={name: torch.from_numpy(rows) for name, rows in self._present.items()},
+            regions={name: Regions(*map(torch.from_numpy, arrays)) for name, arrays in self._regions.items()},
             photometric=self._photometric,
         )
         with self._lock:
             if not self.done.done():
                 self.done.set_result(batch)
 
+    def _tokens(self, view: str, tokenizer: ClipTokenizer) -> torch.Tensor:
+        tokens = tokenizer(self._captions[view])
+        if view in self._present:
+            tokens[torch.from_numpy(~self._present[view])] = 0
+        return tokens
+
     def _fill_damaged(self, good: np.ndarray) -> None:
         """Damaged rows show the next good row, cyclically; black and empty where no row is good."""
         shown = np.arange(len(good))
+        arrays = [*self._images.values(), *self._present.values(), *(a for r in self._regions.values() for a in r)]
         for row in np.flatnonzero(~good).tolist():
             after = np.roll(good, -row)
             stand_in = (row + int(after.argmax())) % len(good) if after.any() else None
             shown[row] = row if stand_in is None else stand_in
-            for pixels in self._images.values():
-                pixels[row] = 0 if stand_in is None else pixels[stand_in]
+            for rows in arrays:
+                rows[row] = 0 if stand_in is None else rows[stand_in]
             for texts in self._captions.values():
                 texts[row] = "" if stand_in is None else texts[stand_in]
         self._photometric = {name: draws[shown] for name, draws in self._photometric.items()}
 
     def _damaged(self) -> list[dict[str, Any]]:
-        return [
-            {
+        """Damaged rows, and what was left out of good ones."""
+        told = []
+        for row, (sample, reason, left_out) in enumerate(zip(self._samples, self._reasons, self._left_out)):
+            assert sample is not None
+            known = {
                 "step": self._step,
                 "row": row,
                 "source": int(self._rows.source[row]),
                 "id": int(self._rows.ids[row]),
                 "shard": str(sample.shard),
                 "key": sample.key,
-                "reason": reason,
             }
-            for row, (sample, reason) in enumerate(zip(self._samples, self._reasons))
-            if sample and reason is not None
-        ]
+            if reason is not None:
+                told.append({**known, "reason": reason})
+            else:
+                told += [{**known, "reason": why, "left_out": member} for member, why in left_out.items()]
+        return told
+
+
+def _no_regions(rows: int, view: RegionView) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Room for boxes, features and mask, as in `Regions`."""
+    columns = 0 if view.stored_dim is None else view.stored_dim + BOX
+    shape = rows, view.most
+    return np.zeros((*shape, 4), np.float32), np.zeros((*shape, columns), np.float16), np.zeros(shape, bool)
 
 
 def _tasks(source: np.ndarray, ids: np.ndarray) -> list[tuple[int, np.ndarray]]:

@@ -31,7 +31,8 @@ class Batch:
     images: dict[str, torch.Tensor]  # view -> (b, 3, S, S) uint8
     tokens: dict[str, torch.Tensor]  # view -> (b, context) int64
     captions: dict[str, list[str]]  # view -> the text that was drawn
-    damaged: list[dict[str, Any]] = field(default_factory=list)  # step, row, source, id, shard, key, reason
+    damaged: list[dict[str, Any]] = field(default_factory=list)
+    """step, row, source, id, shard, key, reason; and `left_out` for a good row: the one member it goes without."""
     present: dict[str, torch.Tensor] = field(default_factory=dict)  # text or region view -> (b,) bool: the row has it
     regions: dict[str, Regions] = field(default_factory=dict)  # view -> (b, M, …)
     photometric: dict[str, Draws] = field(default_factory=dict)  # view -> changes to come; none for most views
@@ -59,10 +60,14 @@ class Batch:
 
 
 def _cut(value: Any, lo: int, hi: int) -> Any:
-    return {name: v[lo:hi] for name, v in value.items()} if isinstance(value, dict) else value[lo:hi]
+    if isinstance(value, dict):
+        return {name: _cut(v, lo, hi) for name, v in value.items()}
+    return Regions(*(v[lo:hi] for v in value)) if isinstance(value, Regions) else value[lo:hi]
 
 
 def _move(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
+    if isinstance(value, Regions):
+        return Regions(*(_move(v, device) for v in value))
     return {name: _move(v, device) for name, v in value.items()} if isinstance(value, dict) else value

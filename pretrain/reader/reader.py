@@ -24,10 +24,10 @@ from pretrain.reader.assembly import Job, Plan
 from pretrain.reader.batch import Batch
 from pretrain.reader.blocks import BUDGET_BYTES, Blocks
 from pretrain.reader.damage import DamageWatch
-from pretrain.reader.samples import wanted_extensions
+from pretrain.reader.fields import wanted_extensions
 from pretrain.shards.source import Source
 from pretrain.views.decode import MAX_PIXELS, Scratch
-from pretrain.views.spec import ImageView, TextView
+from pretrain.views.spec import ImageView, RegionView, TextView
 from pretrain.views.tokenizer import ClipTokenizer
 
 __all__ = ["Batch", "Reader"]
@@ -49,6 +49,7 @@ class Reader:
         text_views: Sequence[TextView],
         tokenizer: ClipTokenizer | None,
         *,
+        region_views: Sequence[RegionView] = (),
         seed: int,
         rank: int = 0,
         world: int = 1,
@@ -59,14 +60,15 @@ class Reader:
         cache_bytes: int = BUDGET_BYTES,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        _check(image_views, text_views, tokenizer, threads, prefetch)
-        wanted = wanted_extensions(image_views, text_views)
+        _check(image_views, text_views, region_views, tokenizer, threads, prefetch)
+        wanted = wanted_extensions(image_views, text_views, region_views)
         self.blocks = Blocks(sources, order, wanted, world=world, budget=cache_bytes)
         self._plan = Plan(
             order,
             self.blocks,
             tuple(image_views),
             tuple(text_views),
+            tuple(region_views),
             tokenizer,
             seed,
             rank,
@@ -147,10 +149,12 @@ class Reader:
         job.fail(RuntimeError("the reader was closed"))
 
 
-def _check(image_views, text_views, tokenizer, threads: int, prefetch: int) -> None:
-    names = [view.name for view in (*image_views, *text_views)]
+def _check(image_views, text_views, region_views, tokenizer, threads: int, prefetch: int) -> None:
+    names = [view.name for view in (*image_views, *text_views, *region_views)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"two views are named {', '.join(twice)}: random numbers go by the name, so each needs its own")
+    if missing := sorted({view.of for view in region_views} - {view.name for view in image_views}):
+        raise UserError(f"regions are asked for in the image view {', '.join(missing)}, which no objective asks for")
     if text_views and tokenizer is None:
         raise UserError("an objective reads captions, but the recipe has model.text: null; give it a text tower")
     if threads < 1 or prefetch < 0:

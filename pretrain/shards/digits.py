@@ -2,7 +2,7 @@
 
 A scene is a cluttered dark square with two to four of scikit-learn's 8 x 8 handwritten digits in its corners,
 in colours that no caption mentions. Five captions tell in varied words which digit stands where; the label is
-the digit at the top left, where there always is one; boxes and names are in the JSON part. The handwritten
+the digit at the top left, where there always is one; the objects are in the JSON part. The handwritten
 digits themselves are parted before anything is drawn: no test scene shows one that a training scene shows.
 
 The same arguments give the same bytes under the same Pillow and scikit-learn. It is a toy: it shows that
@@ -24,6 +24,7 @@ from sklearn.datasets import load_digits
 from pretrain.errors import UserError
 from pretrain.philox import key
 from pretrain.shards.entries import Entry, Listing, Ref, caption_lines, json_bytes
+from pretrain.shards.objects import SceneObject, box_of_pixels
 from pretrain.shards.pack import Packed, PackOptions, pack
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -174,5 +175,6 @@ def _pack(folder: Path, scenes: list[Scene], size: int) -> Packed:
 
 
 def _parts(drawn: Scene, size: int) -> dict[str, bytes | Ref]:
-    told = {"boxes": drawn.boxes, "names": drawn.names, "width": size, "height": size}
+    objects = [SceneObject(box_of_pixels(b, (size, size)), name) for b, name in zip(drawn.boxes, drawn.names)]
+    told = {"objects": [o.record() for o in objects], "width": size, "height": size}
     return {"txt": caption_lines(drawn.captions), "cls": str(drawn.label).encode(), "json": json_bytes(told)}

@@ -1,19 +1,19 @@
-"""COCO annotations: captions into `.txt`, boxes and category names into `.json`.
+"""COCO annotations: captions into `.txt`, objects into `.json`.
 
-`.json` holds image_id, width, height, boxes ([[x, y, w, h], …] in pixels) and names (one a box). Crowd
-annotations (iscrowd = 1: one box around many) are left out, as are boxes without area. Segmentations are not
-kept.
+`.json` holds image_id, width, height and objects, in the form of `pretrain.shards.objects`: the category's name is
+the label, the score 1. Crowd annotations (iscrowd = 1: one box around many) are left out, as are boxes without area
+inside the image. Segmentations are not kept.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
 from pretrain.shards.entries import Entry, Listing, Ref, Skip, caption_lines, caption_problem, json_bytes
+from pretrain.shards.objects import SceneObject, box_of_pixels
 
 
 def list_coco(path: Path, *, images: Path | None = None, instances: Path | None = None) -> Listing:
@@ -69,7 +69,7 @@ def _listing(captions: dict[str, Any], instances: dict[str, Any], folder: Path) 
             listing.skips.append(Skip(f"annotation {note.get('id')}", problem))
         else:
             texts.setdefault(note["image_id"], []).append(note["caption"])
-    boxes = _boxes(instances, listing.skips)
+    objects = objects_by_image(instances, listing.skips)
     seen: set[str] = set()
     for image in captions.get("images") or instances.get("images", []):
         name = image["file_name"]
@@ -80,32 +80,30 @@ def _listing(captions: dict[str, Any], instances: dict[str, Any], folder: Path) 
             listing.skips.append(Skip(name, "image without a usable caption"))
         else:
             parts: dict[str, bytes | Ref] = {"txt": caption_lines(lines)} if lines else {}
-            parts["json"] = json_bytes(_description(image, boxes.get(image["id"], [])))
+            parts["json"] = json_bytes(_description(image, objects.get(image["id"], [])))
             listing.entries.append(Entry(name, Ref(folder / name), parts))
         seen.add(name)
     return listing
 
 
-def _description(image: dict[str, Any], boxes: list[tuple[list[float], str]]) -> dict[str, Any]:
+def _description(image: dict[str, Any], objects: list[SceneObject]) -> dict[str, Any]:
     known: dict[str, Any] = {field: image[field] for field in ("width", "height") if field in image}
-    return {
-        "image_id": image["id"],
-        **known,
-        "boxes": [b for b, _ in boxes],
-        "names": [name for _, name in boxes],
-    }
+    return {"image_id": image["id"], **known, "objects": [o.record() for o in objects]}
 
 
-def _boxes(instances: dict[str, Any], skips: list[Skip]) -> dict[Any, list[tuple[list[float], str]]]:
-    """Boxes and names by image id."""
+def objects_by_image(instances: dict[str, Any], skips: list[Skip]) -> dict[Any, list[SceneObject]]:
+    """The objects of a loaded instances_X.json by image id; what is left out is added to `skips`."""
     names = {category["id"]: category["name"] for category in instances.get("categories", [])}
-    boxes: dict[Any, list[tuple[list[float], str]]] = {}
+    images = {image["id"]: image for image in instances.get("images", [])}
+    objects: dict[Any, list[SceneObject]] = {}
     for note in instances.get("annotations", []):
-        box = note["bbox"]
-        if note.get("iscrowd"):
+        image = images.get(note["image_id"])
+        if note.get("iscrowd") or image is None:
             continue
-        if len(box) == 4 and all(math.isfinite(v) for v in box) and box[2] > 0 and box[3] > 0:
-            boxes.setdefault(note["image_id"], []).append((box, names[note["category_id"]]))
+        try:
+            box = box_of_pixels(note["bbox"], (image.get("width", 0), image.get("height", 0)))
+        except ValueError as error:
+            skips.append(Skip(f"annotation {note.get('id')}", "box without area", str(error)))
         else:
-            skips.append(Skip(f"annotation {note.get('id')}", "box without area", str(box)))
-    return boxes
+            objects.setdefault(note["image_id"], []).append(SceneObject(box, names[note["category_id"]]))
+    return objects

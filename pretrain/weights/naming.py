@@ -51,20 +51,28 @@ class Rule:
         return int(self.layout.removeprefix("lead "))
 
 
-def table(ours: Iterable[str], rules: Iterable[Rule]) -> dict[str, tuple[str, Rule]]:
-    """Our names -> (their name, rule). Raises KeyError for a name no rule covers."""
+Names = Mapping[str, tuple[str, Rule]]
+"""Our names -> (their name, rule)."""
+
+
+def covered(ours: Iterable[str], rules: Iterable[Rule]) -> dict[str, tuple[str, Rule]]:
+    """The names that a rule is about."""
     rules = list(rules)
-    found = {}
-    for name in ours:
-        theirs = next(((t, rule) for rule in rules if (t := rule.match(name)) is not None), None)
-        if theirs is None:
-            raise KeyError(name)
-        found[name] = theirs
+    hits = {name: next(((t, rule) for rule in rules if (t := rule.match(name)) is not None), None) for name in ours}
+    return {name: hit for name, hit in hits.items() if hit is not None}
+
+
+def table(ours: Iterable[str], rules: Iterable[Rule]) -> dict[str, tuple[str, Rule]]:
+    """All of our names. Raises KeyError for one that no rule covers."""
+    ours = list(ours)
+    found = covered(ours, rules)
+    if uncovered := next((name for name in ours if name not in found), None):
+        raise KeyError(uncovered)
     return found
 
 
 @torch.no_grad()
-def load(module: nn.Module, foreign: Mapping[str, Tensor], names: Mapping[str, tuple[str, Rule]], where: str) -> None:
+def load(module: nn.Module, foreign: Mapping[str, Tensor], names: Names, where: str) -> None:
     """Copy `foreign` into the module's own tensors.
 
     Raises:

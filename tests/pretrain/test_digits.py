@@ -9,6 +9,7 @@ from PIL import Image
 
 from pretrain.errors import UserError
 from pretrain.shards.digits import CAPTIONS, LABELLED, NAMES, PLACES, handwriting, scene, write_digits
+from pretrain.shards.objects import read_objects
 from pretrain.shards.source import open_source
 
 
@@ -56,19 +57,17 @@ def test_every_sample_is_whole(folder):
 def test_captions_tell_what_stands_where(folder):
     cells = int(len(PLACES) ** 0.5)
     for parts in samples(folder / "train").values():
-        told = json.loads(parts["json"])
-        cell = told["width"] / cells
-        for name, (x, y, width, height) in zip(told["names"], told["boxes"], strict=True):
-            place = PLACES[int((y + height / 2) // cell) * cells + int((x + width / 2) // cell)]
-            assert all(f"{name} {place}" in caption for caption in parts["txt"].decode().splitlines())
+        for found in read_objects(parts["json"]).objects:
+            x1, y1, x2, y2 = found.box
+            place = PLACES[int((y1 + y2) / 2 * cells) * cells + int((x1 + x2) / 2 * cells)]
+            assert all(f"{found.label} {place}" in caption for caption in parts["txt"].decode().splitlines())
 
 
 def test_the_label_is_the_digit_at_the_top_left(folder):
     for parts in samples(folder / "test").values():
-        told = json.loads(parts["json"])
-        first = told["boxes"][LABELLED]
-        assert max(first[0] + first[2], first[1] + first[3]) <= told["width"] / int(len(PLACES) ** 0.5)
-        assert told["names"][LABELLED] == NAMES[int(parts["cls"])]
+        first = read_objects(parts["json"]).objects[LABELLED]
+        assert max(first.box) <= 1 / int(len(PLACES) ** 0.5)
+        assert first.label == NAMES[int(parts["cls"])]
 
 
 def test_boxes_hold_the_digits_that_are_named():
@@ -91,7 +90,7 @@ def test_scenes_and_captions_vary(folder):
     read = samples(folder / "train")
     assert len({parts["png"] for parts in read.values()}) == 40
     assert len({parts["cls"] for parts in read.values()}) >= 8
-    assert len({len(json.loads(parts["json"])["boxes"]) for parts in read.values()}) >= 2
+    assert len({len(read_objects(parts["json"]).objects) for parts in read.values()}) >= 2
     captions = [parts["txt"].decode().splitlines() for parts in read.values()]
     assert np.mean([len(set(lines)) for lines in captions]) > 3
 

@@ -49,17 +49,74 @@ def trunk() -> Trunk:
 
 
 def dense_text(trunk: Trunk, ids: torch.Tensor) -> torch.Tensor:
-    """The text tower as the paper has it: every place of the context, an additive causal mask."""
+    """The text tower as the papers have it: every place of the context, an additive mask where it is causal."""
     tower = trunk.text
     n, length = ids.shape
-    mask = torch.full((length, length), float("-inf")).triu(1)
+    mask = torch.full((length, length), float("-inf")).triu(1) if tower.blocks[0].causal else 0
     x = tower.token_embedding(ids) + tower.positional_embedding[:length]
     for block in tower.blocks:
         q, k, v = block.qkv(block.norm1(x)).view(n, length, 3, block.heads, -1).permute(2, 0, 3, 1, 4)
         weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + mask).softmax(-1)
         x = x + block.proj((weights @ v).transpose(1, 2).flatten(2))
-        x = x + block.fc2(F.gelu(block.fc1(block.norm2(x))))
-    return tower.projection(tower.norm(x)[torch.arange(n), ids.argmax(-1)])
+        x = x + block.fc2(block.act(block.fc1(block.norm2(x))))
+    x = tower.norm(x)
+    if tower.pool == "max":
+        return tower.projection(torch.stack([row[: own.argmax() + 1].amax(0) for row, own in zip(x, ids)]))
+    return tower.projection(x[torch.arange(n), ids.argmax(-1)] if tower.pool == "eot" else x[:, -1])
+
+
+KINDS = {
+    "clip": {},
+    "siglip": {"causal": False, "pool": "last", "projection_bias": True, "activation": "gelu_tanh", "norm_eps": 1e-6},
+    "causal, last": {"pool": "last"},
+    "pyramid": {"pool": "max"},
+    "both ways, max": {"causal": False, "pool": "max"},
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Trunk:
+    """A trunk with each kind of text tower, in fp64, biases off zero, weights large enough to show errors."""
+    text = TextRecipe(**TEXT.model_dump() | KINDS[request.param])
+    built = build_trunk(SMALL.model_copy(update={"text": text}), seed=3).double()
+    for p in built.text.parameters():
+        p.data = p.data.mul_(4) if p.ndim == 2 else p.data.add_(torch.randn(p.shape, dtype=p.dtype))
+    return built
+
+
+def text_gradients(trunk: Trunk, features: torch.Tensor, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    trunk.zero_grad(set_to_none=True)
+    (features * weight).sum().backward()
+    return {n: p.grad for n, p in trunk.text.named_parameters()}
+
+
+def test_every_kind_of_text_tower_equals_the_dense_one_where_texts_are_absent_too(kind: Trunk) -> None:
+    ids, weight = tokens([5, 12, 2, 24, 9]), torch.randn(5, 32, dtype=torch.float64)
+    ids[[0, 3]] = 0
+    present = ids.any(1)
+    found, dense = kind({CAPTION: ids})[CAPTION], dense_text(kind, ids[present])
+    assert torch.equal(found[~present], torch.zeros(2, 32, dtype=torch.float64))
+    torch.testing.assert_close(found[present], dense, rtol=1e-10, atol=1e-12)
+    expected = text_gradients(kind, dense, weight[present])
+    for name, grad in text_gradients(kind, found, weight).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-9, atol=1e-11, msg=name)
+
+
+def test_where_every_text_is_absent_features_and_gradients_are_zero(kind: Trunk) -> None:
+    found = kind({CAPTION: tokens([5, 7]) * 0})[CAPTION]
+    assert torch.equal(found, torch.zeros(2, 32, dtype=torch.float64))
+    assert all(not grad.any() for grad in text_gradients(kind, found, torch.ones(2, 32)).values())
+
+
+def test_absent_texts_cost_nothing(trunk: Trunk) -> None:
+    ran: list[tuple[int, ...]] = []
+    handles = [m.register_forward_hook(lambda _m, x, _y: ran.append(tuple(x[0].shape))) for m in trunk.text.blocks]
+    ids = tokens([5, 12, 24])
+    ids[2] = 0
+    trunk({CAPTION: ids})
+    for handle in handles:
+        handle.remove()
+    assert set(ran) == {(17, 64)}
 
 
 @pytest.mark.parametrize("lengths", [[5, 12, 2, 24], [3], [7, 7, 7]])
@@ -92,6 +149,12 @@ def test_what_stands_behind_the_end_of_a_caption_changes_nothing(trunk: Trunk) -
 def test_a_caption_longer_than_the_context_is_refused(trunk: Trunk) -> None:
     with pytest.raises(UserError, match=r"30 tokens.*context of 24"):
         trunk({CAPTION: tokens([5], context=30)})
+
+
+def test_a_tower_that_reads_its_padding_refuses_captions_without_it() -> None:
+    text = TextRecipe(**TEXT.model_dump() | KINDS["siglip"])
+    with pytest.raises(UserError, match=r"20 tokens.*context of 24"):
+        build_trunk(SMALL.model_copy(update={"text": text}), seed=0)({CAPTION: tokens([5], context=20)})
 
 
 def test_several_views_at_once_equal_separate_calls(trunk: Trunk) -> None:

@@ -12,7 +12,7 @@ from pretrain.checkpoint import find_latest
 from pretrain.replay import replay
 from pretrain.telemetry import read_events, read_log
 from tests.runs import kill_and_resume, losses, train, train_here, weights
-from tests.tiny import recipe_data, write_recipe, write_shards
+from tests.tiny import VIT, recipe_data, write_recipe, write_shards
 
 CROPS = [[2, None, [0.3, 1.0]], [2, 24, [0.1, 0.3]]]
 MODEL = {"image": "test_resnet", "image_size": 32, "embed_dim": 8, "text": None}
@@ -77,10 +77,13 @@ def test_another_world_goes_on_with_the_same_queues_and_losses(tmp_path, shards)
         torch.testing.assert_close(next_queue[world], next_queue[1], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("objectives", [{"swav": SWAV}, {"dino": DINO}, ALL], ids=["swav", "dino", "all"])
+@pytest.mark.parametrize(
+    "objectives", [{"swav": SWAV}, {"dino": DINO}, {"siglip": 1.0}, ALL], ids=["swav", "dino", "siglip", "all"]
+)
 def test_replay_gives_the_loss_that_was_logged(tmp_path, shards, objectives):
     """With queue, teacher, photometrics and the batch statistics of two ranks."""
-    train(str(recipe(shards, tmp_path, "run", world=2, objectives=objectives, steps=7)))
+    model = MODEL | {"text": VIT["text"]} if "siglip" in objectives else MODEL
+    train(str(recipe(shards, tmp_path, "run", world=2, model=model, objectives=objectives, steps=7)))
     logged = {line["step"]: line["loss"] for line in read_log(tmp_path / "run")}
     replayed = replay(tmp_path / "run", 7)
     assert replayed.weights_of == 6

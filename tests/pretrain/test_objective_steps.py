@@ -15,6 +15,7 @@ from pretrain.distributed.process import Process
 from pretrain.parts import Parts, assemble
 from pretrain.reader import Batch
 from pretrain.recipe import Recipe, parse_recipe
+from pretrain.views.regions import Regions
 from tests.ranks import run_ranks
 from tests.tiny import VIT, recipe_data
 
@@ -23,6 +24,7 @@ SAMPLES = 240
 CROPS = [[2, None, [0.3, 1.0]], [2, 12, [0.1, 0.3]]]
 RESNET = {"layers": [1, 1, 1, 1], "channels": [32, 32, 32, 32], "output_stride": 8, "norm_layer": "groupnorm"}
 MODEL = VIT | {"image": "resnet18", "image_kwargs": RESNET}
+PATCHES = VIT | {"regions": {"blocks": 1, "most": 3}}
 SWAV = {"crops": CROPS, "prototypes": 12, "hidden": 10, "dim": 6, "freeze_steps": 0}
 OBJECTIVES = {
     "swav": {"swav": SWAV},
@@ -30,13 +32,17 @@ OBJECTIVES = {
     "moco": {"moco": {"queue": 2 * ROWS, "dim": 6, "hidden": 10}},
     "dino": {"dino": {"crops": CROPS, "prototypes": 12, "hidden": 10, "bottleneck": 6, "freeze_steps": 0}},
     "hydra": {"hydra": {"classes": 4, "dim": 6, "hidden": 10, "gate_width": 5, "gate_hidden": 7}},
+    "pyramid_clip": {"pyramid_clip": 1.0},
+    "siglip": {"siglip": 1.0},
+    "captions": {"clip": {"captions": 3, "smoothing": 0.1}, "siglip": {"captions": 2, "weight": 0.1}},
     "clip and swav": {"clip": 1.0, "swav": SWAV | {"weight": {"start": 0.0, "end": 0.5, "to_step": 8}}},
 }
 STEPS = 5
 
 
 def recipe(name: str, accumulation: int) -> Recipe:
-    changes = {"model": MODEL, "global_batch": ROWS, "accumulation": accumulation, "objectives": OBJECTIVES[name]}
+    model = PATCHES if name == "pyramid_clip" else MODEL
+    changes = {"model": model, "global_batch": ROWS, "accumulation": accumulation, "objectives": OBJECTIVES[name]}
     return parse_recipe(recipe_data("shards", "run", **changes), "test")
 
 
@@ -60,6 +66,14 @@ def global_batch(parts: Parts, step: int) -> Batch:
     tokens[:, :6] = torch.randint(1, 400, (ROWS, 6), generator=g)
     tokens[:, 6] = 49407
     views = parts.joint.image_views(MODEL["image_size"])
+    texts = {v.name: tokens.roll(i, dims=0) for i, v in enumerate(parts.joint.text_views())}
+    optional = [v.name for v in parts.joint.text_views() if v.after or not v.required]
+    present = {name: torch.rand(ROWS, generator=g) < 0.7 for name in optional}
+    for name in optional:
+        texts[name] = texts[name] * present[name][:, None]
+    mask = torch.rand(ROWS, 3, generator=g).sort(dim=1, descending=True)[0] > 0.5
+    corner = torch.rand(ROWS, 3, 2, generator=g) / 2
+    boxes = torch.cat((corner, corner + 0.4), dim=2) * mask[..., None]
     return Batch(
         step=step,
         ids=torch.arange(ROWS),
@@ -71,8 +85,10 @@ def global_batch(parts: Parts, step: int) -> Batch:
         images={
             v.name: torch.randint(0, 256, (ROWS, 3, v.size, v.size), dtype=torch.uint8, generator=g) for v in views
         },
-        tokens={"caption": tokens},
-        captions={"caption": [""] * ROWS},
+        tokens=texts,
+        captions={name: [""] * ROWS for name in texts},
+        present=present | {"regions": mask.any(dim=1)},
+        regions={"regions": Regions(boxes, boxes.new_zeros(ROWS, 3, 0), mask)},
     )
 
 

@@ -19,6 +19,7 @@ from pretrain import cli
 from pretrain.__main__ import VERBS
 from pretrain.shards import pack as packing
 from pretrain.shards.entries import assign_keys, safe_key
+from pretrain.shards.objects import SceneObject, read_objects
 from pretrain.shards.source import open_source
 from tests.pretrain.test_shard_index import header_at, overwrite, samples, write_tar
 
@@ -281,9 +282,10 @@ def test_coco_captions_and_boxes(tmp_path: Path, box: list[float]) -> None:
         found = content(out)
         assert found["2"]["txt"] == b"two\\nlines"
         assert json.loads(found["1"]["json"]) == {
-            "image_id": 1, "width": 16, "height": 16, "boxes": [[0, 1, 2.5, 3]], "names": ["cat"],
+            "image_id": 1, "width": 16, "height": 16,
+            "objects": [{"box": [0, 0.0625, 0.15625, 0.25], "label": "cat", "attrs": [], "score": 1}],
         }  # fmt: skip
-        assert json.loads(found["2"]["json"])["boxes"] == []
+        assert json.loads(found["2"]["json"])["objects"] == []
         assert skipped(out) == {"box without area": ["annotation 7"]}
 
 
@@ -562,10 +564,11 @@ def test_coco_with_boxes(tmp_path: Path, real_data: Path) -> None:
     found = content(tmp_path / "out")
     assert len(found) == 79
     described = [json.loads(parts["json"]) for parts in found.values()]
-    assert sum(len(d["boxes"]) for d in described) > 500
+    assert sum(len(d["objects"]) for d in described) > 500
     for key, d in zip(found, described):
         assert d["image_id"] == int(key)
-        assert len(d["boxes"]) == len(d["names"])
+        objects = [SceneObject(tuple(o["box"]), o["label"]) for o in d["objects"]]
+        assert read_objects(found[key]["json"]) == (objects, [])
         assert Image.open(io.BytesIO(found[key]["jpg"])).size == (d["width"], d["height"])
 
 

@@ -84,9 +84,12 @@ def assert_same(a: Batch, b: Batch) -> None:
     assert (a.step, a.keys, a.captions, a.damaged) == (b.step, b.keys, b.captions, b.damaged)
     for name in ("ids", "source", "epoch", "weight", "labels"):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
-    for x, y in ((a.images, b.images), (a.tokens, b.tokens)):
+    for x, y in ((a.images, b.images), (a.tokens, b.tokens), (a.present, b.present)):
         assert x.keys() == y.keys()
         assert all(torch.equal(x[name], y[name]) for name in x)
+    assert a.regions.keys() == b.regions.keys()
+    for name in a.regions:
+        assert all(map(torch.equal, a.regions[name], b.regions[name]))
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ class ContrastiveLoss(torch.autograd.Function):
         logit_scale, weight, alike, kept, *saved = ctx.saved_tensors
         features, logs = saved[: ctx.features], saved[ctx.features :]
         rows = Rows(features[: ctx.sides], features[ctx.sides :], weight, alike, kept, ctx.counts)
-        found = [Found(*both, shift) for *both, shift in zip(logs[::2], logs[1::2], ctx.shifts)]
+        found = [Found(log_rows, columns, shift) for log_rows, columns, shift in zip(logs[::2], logs[1::2], ctx.shifts)]
         d_images, d_texts, d_scale = backward(ctx.setting, rows, found, logit_scale)
         scaled = (d * grad.to(d.dtype) for d in (d_scale, *d_images, *d_texts))
         return None, None, next(scaled), None, None, *scaled

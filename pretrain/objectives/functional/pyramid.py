@@ -15,6 +15,7 @@ from torch import Tensor
 from pretrain.distributed.groups import Group
 from pretrain.objectives.functional.clip import tile_of
 from pretrain.objectives.functional.contrastive import ContrastiveLoss, Setting, Term
+from pretrain.objectives.functional.dense import pair_losses
 
 IMAGES, TEXTS = ("global", "local", "regions"), ("summary", "text", "tags")
 
@@ -97,7 +98,7 @@ def pyramid_losses(
     """`pyramid_clip_loss`, and every term's own loss by name (`global-summary`, …), without gradient."""
     present = present or {}
     _check(features, logit_scale, softening, weights, present, ids, weight)
-    chosen = [c for c in CONTRASTS if weights[c.part] and c.image in features and c.text in features]
+    chosen = _chosen(features, weights)
     some = next(iter(features.values()))
     if not chosen:
         return some.sum() * 0.0, {}
@@ -109,6 +110,34 @@ def pyramid_losses(
     sides = [features[name] for name in images + texts]
     loss, losses = ContrastiveLoss.apply(setting, len(images), logit_scale, ids, rows, *sides)
     return loss, {c.name: one for c, one in zip(chosen, losses.unbind())}
+
+
+@torch.no_grad()
+def pyramid_sample_losses(
+    features: Mapping[str, Tensor],
+    logit_scale: Tensor,
+    *,
+    softening: float,
+    weights: Sequence[float],
+    present: Mapping[str, Tensor],
+    ids: Tensor,
+    weight: Tensor,
+) -> Tensor:
+    """(B,) each row's part of the loss of a batch that one process holds, B x B in memory: their mean over the rows of
+    weight 1 is `pyramid_clip_loss`."""
+    chosen = _chosen(features, weights)
+    found = torch.zeros_like(weight, dtype=next(iter(features.values())).dtype)
+    rows = _row_weights(chosen, present, weight, next(iter(features.values())))
+    for contrast, own in zip(chosen, [] if rows is None else rows.unbind(1)):
+        here = own > 0
+        image, text = features[contrast.image][here], features[contrast.text][here]
+        losses = pair_losses(image, text, logit_scale, ids[here], smoothing=softening, softened=True)
+        found[here] += weights[contrast.part] / 2 * losses * (weight.sum() / own.sum())
+    return found
+
+
+def _chosen(features: Mapping[str, Tensor], weights: Sequence[float]) -> list[Contrast]:
+    return [c for c in CONTRASTS if weights[c.part] and c.image in features and c.text in features]
 
 
 def _row_weights(
