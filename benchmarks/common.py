@@ -48,6 +48,20 @@ def measure(
     return {name: statistics.median(s) for name, s in seconds.items()}
 
 
+def clock(device: str) -> Callable[[], float]:
+    """CPU seconds, or on a GPU wall seconds of finished work."""
+    if device == "cpu":
+        return time.process_time
+
+    def finished() -> float:
+        import torch
+
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return finished
+
+
 def versions() -> dict[str, str]:
     found = {}
     for name in PACKAGES:

@@ -9,10 +9,13 @@ from pretrain import cli
 
 VERBS = {
     "train": "pretrain.cli_train",
+    "check": "pretrain.cli_check",
     "pack": "pretrain.cli_pack",
     "verify": "pretrain.cli_verify",
+    "enrich": "pretrain.cli_enrich",
     "digits": "pretrain.cli_digits",
     "replay": "pretrain.cli_replay",
+    "export": "pretrain.cli_export",
 }
 
 

@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,9 +99,9 @@ def _pack(args: argparse.Namespace, path: Path, form: str | None, compressed: bo
         raise UserError("say where the shards go: --out FOLDER")
     seed = None if args.sorted else args.shuffle_seed
     options = PackOptions(args.shard_size, args.shard_bytes, seed, args.holdout, args.limit, args.threads)
-    with _named_errors(args.out), _listing(args, path, form, compressed) as listing:
+    with named_errors(args.out), _listing(args, path, form, compressed) as listing:
         total = min(len(listing.entries), args.limit or len(listing.entries))
-        with _progress(total) as advance:
+        with progress("packing", total) as advance:
             done, skips = pack(listing, args.out, options, _checker(args.check), advance=advance)
     for split in done:
         print(f"{split.folder}: {split.samples:,} samples in {split.shards} shard(s), {split.bytes / 2**20:,.1f} MiB")
@@ -170,22 +170,24 @@ def _adopt(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _progress(total: int):
+def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on stderr; what it gives is called once a sample."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=total)
         yield lambda: progress.advance(task)
 
 
 @contextlib.contextmanager
-def _named_errors(out: Path) -> Iterator[None]:
+def named_errors(out: Path) -> Iterator[None]:
+    """What the disk refuses, told by its file."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{error.filename or out}: {error.strerror or error}; nothing was packed") from error
+        raise UserError(f"{error.filename or out}: {error.strerror or error}; nothing was written") from error
 
 
 def _print_skips(skips: list[Skip], out: Path) -> None:

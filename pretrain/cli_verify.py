@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--show", type=int, default=50, metavar="N", help="problems printed at most (0: all)")
 
 
-def decode_image(data: bytes) -> object:
+def decode_image(data: bytes) -> np.ndarray:
     """Pixels as the trainer makes them, or BadImage."""
     from pretrain.shards.images import BadImage
     from pretrain.views.decode import DamagedSample, decode

@@ -11,16 +11,17 @@ from pretrain.shards.source import Source, open_source
 INDEXED_SAMPLES = 4_000_000  # whose indexes a rank keeps (about 80 bytes each) when any may be asked for next
 
 
-def open_data(recipe: Recipe) -> tuple[list[Source], Order]:
-    """The sources of a recipe and the order their samples are seen in.
+def open_data(recipe: Recipe, sources: list[Source] | None = None) -> tuple[list[Source], Order]:
+    """The sources of a recipe, which may be open already, and the order their samples are seen in.
 
     Raises:
         UserError: a shard is missing, a source is empty, the batch is larger than the data, weights or classes
             do not fit.
     """
+    if sources is None:
+        sources = [open_source(s.shards) for s in recipe.data.sources]
     if recipe.data.classes_per_batch is not None:
-        return _balanced(recipe, recipe.data.classes_per_batch)
-    sources = [open_source(s.shards) for s in recipe.data.sources]
+        return sources, _balanced(recipe, sources, recipe.data.classes_per_batch)
     weights = [s.weight for s in recipe.data.sources if s.weight is not None]
     if weights and len(weights) < len(sources):
         raise UserError("data.sources: give every source a weight, or none")
@@ -36,7 +37,7 @@ def open_data(recipe: Recipe) -> tuple[list[Source], Order]:
     return sources, order
 
 
-def _balanced(recipe: Recipe, classes_per_batch: int) -> tuple[list[Source], BalancedOrder]:
+def _balanced(recipe: Recipe, sources: list[Source], classes_per_batch: int) -> BalancedOrder:
     """Every class alike, so nothing else may say what share a sample has of a batch."""
     weighted = any(s.weight is not None for s in recipe.data.sources)
     keys = {"data.sources weight": weighted, "data.segments": recipe.data.segments, "data.block": recipe.data.block}
@@ -45,11 +46,9 @@ def _balanced(recipe: Recipe, classes_per_batch: int) -> tuple[list[Source], Bal
             f"data.classes_per_batch gives every class the same share of a batch, whatever source and place its "
             f"samples are of: take {' and '.join(given)} out of the recipe, or data.classes_per_batch"
         )
-    sources = [open_source(s.shards) for s in recipe.data.sources]
     for source in sources:
         source.keep_indexes(INDEXED_SAMPLES // len(sources))
     labels = [source_labels(source) for source in sources]
-    order = BalancedOrder(
+    return BalancedOrder(
         labels, seed=recipe.seed, global_batch=recipe.global_batch, classes_per_batch=classes_per_batch
     )
-    return sources, order

@@ -29,7 +29,7 @@ from pretrain.recipe import ModelRecipe, TextRecipe
 from pretrain.views.decode import DamagedSample, decode
 from pretrain.views.geometry import eval_crop
 from pretrain.views.tokenizer import ClipTokenizer
-from pretrain.weights.native import load_trunk
+from pretrain.weights.native import is_export, load_trunk, open_export
 from pretrain.weights.which import Which
 
 ImageLike = bytes | str | Path | Image.Image | np.ndarray
@@ -175,7 +175,7 @@ def load(
     precision: Literal["fp32", "bf16"] = "fp32",
     weights: Which = "model",
 ) -> Encoder:
-    """The encoder in a run folder (its newest whole checkpoint), a checkpoints folder, or one step's folder.
+    """The encoder in a run folder (its newest whole checkpoint), a checkpoints folder, one step's, or an export's.
 
     `weights`: what was trained, its momentum teacher (DINO's figures are its teacher's), or its running average.
 
@@ -183,6 +183,9 @@ def load(
         UserError: there is no whole checkpoint, its tensors are not those of the model its recipe names, or it holds
             no such weights.
     """
+    if is_export(path) and weights == "model":
+        trunk, model = open_export(path)
+        return Encoder(trunk, model, device=device, precision=precision)
     checkpoint = find_checkpoint(path)
     model = stored_model(checkpoint)
     trunk = build_trunk(model, seed=0)

@@ -5,6 +5,7 @@ Training and replay must build the same run from the same recipe; this is the on
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -15,12 +16,16 @@ from pretrain.checkpoint import Checkpoint
 from pretrain.distributed.process import Process
 from pretrain.distributed.syncbn import convert
 from pretrain.errors import UserError
-from pretrain.models.trunk import build_trunk
+from pretrain.models.lock import lock
+from pretrain.models.trunk import Trunk, build_trunk
 from pretrain.objectives import build
 from pretrain.objectives.base import RunFacts
 from pretrain.objectives.joint import Joint
 from pretrain.recipe import Recipe
 from pretrain.step import TwoStage
+from pretrain.weights.init import load_init
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -38,12 +43,33 @@ class Parts:
         self.replicated.load(checkpoint)
 
 
-def assemble(recipe: Recipe, samples: int, process: Process) -> Parts:
-    """The parts of `recipe` on this rank, at their first weights; `samples` is how many an epoch has.
+def assemble(recipe: Recipe, samples: int, process: Process, checkpoint: Checkpoint | None = None) -> Parts:
+    """The parts of `recipe` on this rank, as they were at `checkpoint`, or at their first weights.
+
+    `samples` is how many an epoch has.
 
     Raises:
-        UserError: a model, an objective or an option that cannot be built, or that does not fit another.
+        UserError: a model, an objective or an option that cannot be built, or that does not fit another; first weights
+            (`init`) that are not there or of another model.
     """
+    trunk, joint, teacher = build_modules(recipe, samples, process.rank, process.world)
+    if checkpoint is None and recipe.init is not None:  # before the backend, which copies a teacher and may shard
+        report = load_init(trunk, joint, recipe.init)
+        if process.first:
+            log.info(f"{report}")
+    backend = DDP(trunk, recipe, process, teacher=teacher)
+    replicated = Replicated(joint, recipe.optimizer, process)
+    two_stage = TwoStage(
+        backend, joint, accumulation=recipe.accumulation, seed=recipe.seed, rank=process.rank, group=None
+    )
+    parts = Parts(joint, backend, replicated, two_stage)
+    if checkpoint is not None:
+        parts.load(checkpoint)
+    return parts
+
+
+def build_modules(recipe: Recipe, samples: int, rank: int, world: int) -> tuple[Trunk, Joint, bool]:
+    """Trunk, objectives, and whether the trunk has a momentum teacher: what of `assemble` needs no backend."""
     trunk = build_trunk(recipe.model, seed=recipe.seed)
     facts = RunFacts(
         pooled_dim=trunk.pooled_dim,
@@ -51,13 +77,13 @@ def assemble(recipe: Recipe, samples: int, process: Process) -> Parts:
         total_steps=recipe.total_steps(samples),
         samples=samples,
         seed=recipe.seed,
-        rank=process.rank,
-        world=process.world,
+        rank=rank,
+        world=world,
         regions=recipe.model.regions,
     )
     joint = Joint(build(recipe.objectives, facts))
     teacher = _has_teacher(joint, facts.total_steps)
-    if process.world > 1:
+    if world > 1:
         convert(joint)  # heads are cheap to synchronise, and their statistics must be equal on all ranks
         if recipe.model.sync_batchnorm:
             convert(trunk)
@@ -66,12 +92,12 @@ def assemble(recipe: Recipe, samples: int, process: Process) -> Parts:
                 "model.sync_batchnorm: false gives each rank other BatchNorm statistics, and so another momentum "
                 "teacher; set it true, or choose a tower without BatchNorm"
             )
-    backend = DDP(trunk, recipe, process, teacher=teacher)
-    replicated = Replicated(joint, recipe.optimizer, process)
-    two_stage = TwoStage(
-        backend, joint, accumulation=recipe.accumulation, seed=recipe.seed, rank=process.rank, group=None
-    )
-    return Parts(joint, backend, replicated, two_stage)
+    lock(trunk, recipe.model.lock, joint.requests())
+    if recipe.model.patch_dropout and any(r.from_layer is not None and not r.teacher for r in joint.requests()):
+        raise UserError(
+            "objectives ask for the tokens of inner blocks, which model.patch_dropout leaves out some of; set it to 0"
+        )
+    return trunk, joint, teacher
 
 
 def _has_teacher(joint: Joint, total_steps: int) -> bool:

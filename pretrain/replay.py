@@ -108,11 +108,8 @@ class _State:
     def __init__(self, recipe: Recipe, samples: int, checkpoint: Checkpoint | None) -> None:
         self.recipe = recipe
         self.world = checkpoint.meta["world"] if checkpoint else recipe.world or 1
-        self.parts = assemble(recipe, samples, Process(0, 1, 0, torch.device("cpu")))
-        self.step = 0
-        if checkpoint is not None:
-            self.parts.load(checkpoint)
-            self.step = checkpoint.step
+        self.parts = assemble(recipe, samples, Process(0, 1, 0, torch.device("cpu")), checkpoint)
+        self.step = checkpoint.step if checkpoint else 0
 
     def advance(self, reader: Reader, step: int, total: int) -> None:
         """Train up to `step`, on the same global batches."""
@@ -148,7 +145,7 @@ class _State:
     def _forwards(self, batch: int) -> list[tuple[int, int, Tensor]]:
         """(rank, micro-step, rows) of every forward of the step."""
         rows = torch.arange(batch).view(self.world, self.recipe.accumulation, -1)
-        has_norm = any(isinstance(m, _BatchNorm) for m in self.parts.backend.trunk.modules())
+        has_norm = any(isinstance(m, _BatchNorm) and m.training for m in self.parts.backend.trunk.modules())
         if has_norm and self.recipe.model.sync_batchnorm:
             return [(0, m, rows[:, m].flatten()) for m in range(self.recipe.accumulation)]
         return [(r, m, rows[r, m]) for r in range(self.world) for m in range(self.recipe.accumulation)]

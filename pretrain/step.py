@@ -17,7 +17,8 @@ from pretrain.backends.base import Backend, Inputs
 from pretrain.backends.replicated import Replicated
 from pretrain.distributed.groups import Group
 from pretrain.distributed.syncbn import frozen_statistics
-from pretrain.models.request import FeatureRequest, RegionInput
+from pretrain.models.lock import is_trained, locked_input
+from pretrain.models.request import FeatureRequest, Input, PooledInput, RegionInput
 from pretrain.objectives.base import Features
 from pretrain.objectives.joint import Joint
 from pretrain.optim.schedule import Rates
@@ -46,30 +47,33 @@ class TwoStage:
         self.backend, self.joint = backend, joint
         self.accumulation, self.seed, self.rank, self.group = accumulation, seed, rank, group
         self.requests = joint.requests()
-        self.taught = [r for r in self.requests if not r.teacher]
         self.region_views = {view.name: view for view in joint.region_views()}
 
     def __call__(self, batch: Batch) -> StepResult:
         """Gradients of the global mean loss into the backend's and the objectives' parameters."""
+        taught = [r for r in self.requests if is_trained(self.backend.trunk, r)]
         if self.accumulation == 1:
             features = self.features(batch, 0)
-            leaves = _leaves(features)
+            leaves = _leaves(features, taught)
             loss, figures = self._score(leaves, batch)
-            self._send_back(features, {r: leaves[r].grad for r in self.taught})
+            self._send_back(features, {r: leaves[r].grad for r in taught})
             return StepResult(loss, figures, _detached(leaves))
         micro = self._micro_batches(batch)
+        known = {r: pooled for r in taught if (pooled := locked_input(self.backend.trunk, r))}
         with torch.no_grad():
-            cached = [self.features(m, i) for i, m in enumerate(micro)]
-        leaves = _leaves({r: torch.cat([c[r] for c in cached]) for r in self.requests})
+            cached = [self.features(m, i, [*self.requests, *known.values()]) for i, m in enumerate(micro)]
+        leaves = _leaves({r: torch.cat([c[r] for c in cached]) for r in self.requests}, taught)
         loss, figures = self._score(leaves, batch)
-        self._second_pass(micro, leaves)
+        for i, (m, features) in enumerate(zip(micro, cached)):
+            again = {r: PooledInput(features[known[r]]) if r in known else self._input(r, m) for r in taught}
+            self._second_pass(i, m, again, leaves)
         return StepResult(loss, figures, _detached(leaves))
 
     def inputs(self, batch: Batch, requests: Sequence[FeatureRequest] | None = None) -> Inputs:
         """What the trunk reads for every request."""
-        return {r: self._input(r, batch) for r in self.requests if requests is None or r in requests}
+        return {r: self._input(r, batch) for r in requests or self.requests}
 
-    def _input(self, request: FeatureRequest, batch: Batch) -> Tensor | RegionInput:
+    def _input(self, request: FeatureRequest, batch: Batch) -> Input:
         if request.output == "regions":
             of = self.region_views[request.view].of
             return RegionInput(batch.regions[request.view], of, batch.images[of])
@@ -89,14 +93,14 @@ class TwoStage:
         loss.backward()
         return loss.detach(), figures
 
-    def _second_pass(self, micro: list[Batch], leaves: Features) -> None:
-        size = len(micro[0].weight)
-        for i, m in enumerate(micro):
-            rows = slice(i * size, (i + 1) * size)
-            gradients = {r: leaves[r].grad for r in self.taught}
-            part = {r: None if g is None else g[rows] for r, g in gradients.items()}
-            with self.backend.micro_step(last=i == len(micro) - 1), frozen_statistics(self.backend.trunk):
-                self._send_back(self.features(m, i, self.taught), part)
+    def _second_pass(self, i: int, micro: Batch, inputs: Inputs, leaves: Features) -> None:
+        """Run micro-batch `i` again, with its draws and a graph, and send its part of the gradients back."""
+        rows = slice(i * len(micro), (i + 1) * len(micro))
+        gradients = {r: None if (g := leaves[r].grad) is None else g[rows] for r in inputs}
+        last = i == self.accumulation - 1
+        with self.backend.micro_step(last=last), frozen_statistics(self.backend.trunk):
+            seed_draws(self.seed, micro.step, self.rank, i)
+            self._send_back(self.backend.forward(inputs), gradients)
 
     def _send_back(self, features: Features, gradients: dict[FeatureRequest, Tensor | None]) -> None:
         # a feature the loss did not use (an absent field) still goes back, as zeros: DDP waits for all of them
@@ -147,8 +151,8 @@ class NonFiniteError(Exception):
         super().__init__(f"loss {loss:.4g}, gradient norm {norm:.4g}")
 
 
-def _leaves(features: Features) -> Features:
-    return {r: f.detach().requires_grad_(not r.teacher) for r, f in features.items()}
+def _leaves(features: Features, taught: Sequence[FeatureRequest]) -> Features:
+    return {r: f.detach().requires_grad_(r in taught) for r, f in features.items()}
 
 
 def _detached(features: Features) -> Features:

@@ -21,6 +21,7 @@ from torch import Tensor
 from pretrain.backends.ddp import DDP
 from pretrain.backends.replicated import Replicated
 from pretrain.checkpoint import (
+    Checkpoint,
     CheckpointError,
     CheckpointWriter,
     Fragment,
@@ -39,7 +40,7 @@ from pretrain.objectives.base import Features
 from pretrain.objectives.joint import Joint
 from pretrain.optim.schedule import rates_at
 from pretrain.order import Order
-from pretrain.parts import Parts, assemble
+from pretrain.parts import assemble
 from pretrain.reader import Reader
 from pretrain.recipe import Recipe, check_split
 from pretrain.run import RunFolder
@@ -224,9 +225,10 @@ def _setup(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
     sources, order = open_data(recipe)
     total = recipe.total_steps(order.samples)
 
-    parts = assemble(recipe, order.samples, process)
+    checkpoint = _newest(folder, process, order)
+    start = checkpoint.step if checkpoint else 0
+    parts = assemble(recipe, order.samples, process, checkpoint)
     joint, backend, two_stage = parts.joint, parts.backend, parts.two_stage
-    start = _resume(folder, process, order, parts)
     if start >= total:
         return None
     reader = Reader(
@@ -277,7 +279,7 @@ def _setup(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
     return run
 
 
-def _resume(folder: RunFolder, process: Process, order: Order, parts: Parts) -> int:
+def _newest(folder: RunFolder, process: Process, order: Order) -> Checkpoint | None:
     # rank 0 checks every byte and tells the others which one it is: all load the same, or none
     step = None
     if process.first:
@@ -285,11 +287,10 @@ def _resume(folder: RunFolder, process: Process, order: Order, parts: Parts) -> 
         step = newest.step if newest else None
     step = _from_first(step, process)
     if step is None:
-        return 0
+        return None
     checkpoint = open_checkpoint(step_dir(folder.checkpoints, step))
     order.check_continues(checkpoint.meta["order"], checkpoint.step)
-    parts.load(checkpoint)
-    return checkpoint.step
+    return checkpoint
 
 
 def _from_first(value: Any, process: Process) -> Any:

@@ -9,17 +9,18 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from pretrain.checkpoint import Checkpoint, Fragment
-from pretrain.models.request import FeatureRequest, RegionInput
+from pretrain.models.request import FeatureRequest, Input
+from pretrain.models.trunk import Trunk
 from pretrain.optim.schedule import Rates
 
-Inputs = Mapping[FeatureRequest, Tensor | RegionInput]
+Inputs = Mapping[FeatureRequest, Input]
 
 
 class Backend(Protocol):
     """The trunk, its optimizer, and how gradients of all ranks become one."""
 
     @property
-    def trunk(self) -> nn.Module:
+    def trunk(self) -> Trunk:
         """The bare trunk: names, buffers, statistics."""
 
     def micro_step(self, last: bool) -> AbstractContextManager:
@@ -29,7 +30,7 @@ class Backend(Protocol):
         """Features in fp32, with the graph unless gradients are off or they are the momentum teacher's."""
 
     def backward(self, features: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """Send the features' gradients (W x the local share) back through the trunk."""
+        """Send the features' gradients (W x the local share) back through the trunk; those without a graph stay out."""
 
     def parameters(self) -> list[nn.Parameter]:
         """Local parameters that carry gradients after `backward`, for the joint norm."""

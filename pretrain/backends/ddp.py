@@ -69,7 +69,8 @@ class DDP:
         return self.teacher
 
     def backward(self, features: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        torch.autograd.backward(features, gradients)
+        carrying = [(f, g) for f, g in zip(features, gradients) if f.requires_grad]
+        torch.autograd.backward([f for f, _ in carrying], [g for _, g in carrying])
 
     def warm_up(self, inputs: Inputs) -> None:
         """Two passes with zero gradients; weights, BatchNorm statistics and generators are as before.
@@ -94,7 +95,7 @@ class DDP:
 
     def _freeze_unreached(self, inputs: Inputs) -> None:
         with self.micro_step(last=False):
-            features = list(self.forward(inputs).values())
+            features = [f for f in self.forward(inputs).values() if f.requires_grad]
             zeros = [torch.zeros_like(f) for f in features]
             found = torch.autograd.grad(features, self.parameters(), zeros, allow_unused=True)
         unreached = [p for p, gradient in zip(self.parameters(), found) if gradient is None]

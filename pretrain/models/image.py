@@ -73,24 +73,28 @@ class ImageTower(nn.Module):
         if {"embedding", "pooled"} & set(outputs):
             found["pooled"] = self.backbone.forward_head(x, pre_logits=True)
         if "embedding" in outputs:
-            found["embedding"] = self._project(found["pooled"])
+            found["embedding"] = self.project(found["pooled"])
         return found
 
     def embed_regions(self, regions: Regions, image_map: Tensor | None) -> Tensor:
         """(b, embed_dim) embedding of each row's regions; see `RegionBranch`."""
         if self.regions is None:
             raise UserError("regions were requested, but the recipe has model.regions: null; give it model.regions: {}")
-        return self.regions(self.backbone, self._project, regions, image_map)
+        return self.regions(self.backbone, self.project, regions, image_map)
 
     def _grid(self, tokens: Tensor) -> Tensor:
         """(B, L, C) tokens of a block -> (B, C, g, g), prefix tokens left out."""
         patches = tokens[:, self.backbone.num_prefix_tokens :].transpose(1, 2)
         return patches.unflatten(2, self.backbone.patch_embed.grid_size)
 
-    def _project(self, pooled: Tensor) -> Tensor:
-        if self.projection is not None:
-            return self.projection(pooled)
-        return self.backbone.head.proj(pooled) if _projects_itself(self.backbone) else pooled
+    @property
+    def projector(self) -> nn.Module | None:
+        """What makes the embedding of the pooled features; CLIP's ResNets have it in their attention pool."""
+        return self.backbone.head.proj if _projects_itself(self.backbone) else self.projection
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """(B, C) pooled features -> (B, embed_dim) their embedding."""
+        return pooled if self.projector is None else self.projector(pooled)
 
     def _normalise(self, images: Tensor) -> Tensor:
         """uint8 -> (x / 255 - mean) / std, computed in fp32, in the tower's dtype.
@@ -183,14 +187,21 @@ def _backbone(recipe: ModelRecipe) -> Any:
         near = difflib.get_close_matches(recipe.image, timm.list_models(), n=3)
         hint = f"; near: {', '.join(near)}" if near else "; timm.list_models() has the names"
         raise UserError(f"model.image: timm {timm.__version__} has no model {recipe.image!r}{hint}")
-    kwargs = {"num_classes": 0, **_size(recipe), **_activation(recipe), **recipe.image_kwargs}
+    kwargs = {"num_classes": 0, **_patch_dropout(recipe), **timm_kwargs(recipe)}
     try:
         backbone: Any = timm.create_model(recipe.image, pretrained=False, **kwargs)
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+        if recipe.patch_dropout and "patch_drop_rate" in str(error):
+            raise UserError(f"model.patch_dropout: {recipe.image} has no patches to leave out; set it to 0") from None
         raise UserError(f"model.image_kwargs: timm cannot build {recipe.image} with {kwargs}: {error}") from None
     if _projects_itself(backbone):
         backbone.reset_classifier(recipe.embed_dim or 0)  # its projection, with a bias as CLIP's has
     return backbone
+
+
+def timm_kwargs(recipe: ModelRecipe) -> dict[str, Any]:
+    """What `timm.create_model` is called with for this tower, beside `num_classes`."""
+    return {**_size(recipe), **_activation(recipe), **recipe.image_kwargs}
 
 
 def _size(recipe: ModelRecipe) -> dict[str, Any]:
@@ -205,3 +216,16 @@ def _activation(recipe: ModelRecipe) -> dict[str, Any]:
     if "quickgelu" in recipe.image and recipe.activation != "quick_gelu":
         raise UserError(f"model.activation is {recipe.activation}, but {recipe.image} has quick_gelu: set it so")
     return {"act_layer": recipe.activation} if recipe.activation == "quick_gelu" else {}
+
+
+def _patch_dropout(recipe: ModelRecipe) -> dict[str, Any]:
+    """timm's: in training alone, and never the class token (FLIP, Li et al. 2023)."""
+    if not recipe.patch_dropout:
+        return {}
+    for name, needs_all in (
+        ("leff", recipe.leff),
+        ("regions with stored_dim: null", recipe.regions and recipe.regions.stored_dim is None),
+    ):
+        if needs_all:
+            raise UserError(f"model.{name} needs all patches of the image; set model.patch_dropout: 0")
+    return {"patch_drop_rate": recipe.patch_dropout}

@@ -100,7 +100,7 @@ def _cut(image_map: Tensor, rows: Regions) -> Tensor:
     n, channels, height, width = image_map.shape
     row, place = rows.mask.nonzero().unbind(1)
     boxes = rows.boxes[row, place].to(image_map) * image_map.new_tensor([width, height, width, height])
-    with torch.autocast(image_map.device.type, enabled=False):
+    with torch.autocast("cuda" if image_map.is_cuda else "cpu", enabled=False):  # there is none of the meta device
         cut = roi_align(image_map, torch.cat((row[:, None].to(boxes), boxes), 1), output_size=1, aligned=True)
     found = image_map.new_zeros(n, rows.mask.shape[1], channels)
     found[row, place] = cut.flatten(1)

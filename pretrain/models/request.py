@@ -48,3 +48,14 @@ class RegionInput(NamedTuple):
     def map_request(self) -> FeatureRequest:
         """The map that they are cut from."""
         return FeatureRequest("image", self.of, output="map")
+
+
+class PooledInput(NamedTuple):
+    """What a request for an image's `embedding` reads where its `pooled` features are known."""
+
+    pooled: Tensor
+    """(b, C)"""
+
+
+Input = Tensor | RegionInput | PooledInput
+"""What a request reads: pixels (b, 3, S, S) uint8 or tokens (b, L) int64, or one of the above."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pretrain.errors import UserError
 from pretrain.models.image import ImageTower
-from pretrain.models.request import FeatureRequest, RegionInput
+from pretrain.models.request import FeatureRequest, Input, PooledInput, RegionInput
 from pretrain.models.text import TextTower
 from pretrain.recipe import ModelRecipe
 
@@ -34,13 +34,21 @@ class Trunk(nn.Module):
         self.pooled_dim: int = self.image.pooled_dim
         """Width of the image tower's `pooled`."""
         self.text = TextTower(model.text, self.embed_dim, model.activation) if model.text else None
+        self.locked: list[nn.Module] = []
+        """What stays in evaluation mode in training too; see `pretrain.models.lock`."""
 
-    def forward(self, inputs: dict[FeatureRequest, Tensor | RegionInput]) -> dict[FeatureRequest, Tensor]:
+    def train(self, mode: bool = True) -> Trunk:
+        super().train(mode)
+        for module in self.locked:
+            module.eval()
+        return self
+
+    def forward(self, inputs: dict[FeatureRequest, Input]) -> dict[FeatureRequest, Tensor]:
         """Each request's feature.
 
         Images are (b, 3, S, S) uint8, tokens (b, L) int64; `embedding` is (b, embed_dim), not of unit length,
         `pooled` (b, C), tokens of a block (b, L, width). Requests of one view are answered from one pass, regions
-        from the map that the pass over their crop leaves.
+        from the map that the pass over their crop leaves, embeddings of pooled features by the projection alone.
 
         Raises:
             UserError: texts for a trunk without a text tower; what the towers refuse.
@@ -53,6 +61,7 @@ class Trunk(nn.Module):
             features |= _run(self._tower(tower), requests, views)
         for request, x in regions.items():
             features[request] = self.image.embed_regions(x.regions, features[x.map_request] if x.cut else None)
+        features |= {r: self.image.project(x.pooled) for r, x in inputs.items() if isinstance(x, PooledInput)}
         return {request: features[request] for request in inputs}
 
     def _tower(self, name: str) -> Tower:

@@ -11,7 +11,7 @@ from torch import Tensor
 from pretrain.distributed.groups import Group
 from pretrain.models.request import FeatureRequest
 from pretrain.objectives.base import Features, Loss
-from pretrain.objectives.functional import clip_loss
+from pretrain.objectives.functional import captions_loss
 from pretrain.objectives.functional.dense import pair_losses
 from pretrain.objectives.pieces.pairs import PairObjective, PairOptions
 
@@ -35,12 +35,16 @@ class Clip(PairObjective):
 
     def loss(self, features: Features, batch: Batch, group: Group) -> Loss:
         image, texts = self.unit(features)
-        smoothing = self.options.smoothing
-        terms = [
-            clip_loss(image, text, self.logit_scale, ids=batch.uid, weight=weight, smoothing=smoothing, group=group)
-            for text, weight in zip(texts, self.weights(batch))
-        ]
-        return Loss(torch.stack(terms).mean(), {"logit_scale": self.logit_scale.detach().exp()})
+        value = captions_loss(
+            image,
+            texts,
+            self.logit_scale,
+            ids=batch.uid,
+            weight=torch.stack(self.weights(batch), dim=1),
+            smoothing=self.options.smoothing,
+            group=group,
+        )
+        return Loss(value, {"logit_scale": self.logit_scale.detach().exp()})
 
     def pair_losses(self, image: Tensor, text: Tensor, ids: Tensor) -> Tensor:
         return pair_losses(image, text, self.logit_scale, ids, smoothing=self.options.smoothing)

@@ -192,7 +192,7 @@ class Job:
     def _tokens(self, view: str, tokenizer: ClipTokenizer) -> torch.Tensor:
         tokens = tokenizer(self._captions[view])
         if view in self._present:
-            tokens[torch.from_numpy(~self._present[view])] = 0
+            tokens.numpy()[~self._present[view]] = 0
         return tokens
 
     def _fill_damaged(self, good: np.ndarray) -> None:

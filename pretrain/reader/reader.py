@@ -38,7 +38,7 @@ class Reader:
 
     `cache_bytes` bounds the encoded bytes kept between steps. `max_damaged` is the share of damaged rows the
     stream puts up with (of at least the first 1,000 rows); `on_damage` is called in the consumer's thread,
-    once a damaged row.
+    once a damaged row, and once a malformed member that a good row goes without.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pretrain.shards.entries import IMAGE_EXTENSIONS, image_part
+from pretrain.shards.entries import IMAGE_EXTENSIONS, image_part, read_captions
 from pretrain.shards.labels import CLASS_EXTENSION, NO_LABEL, class_number
 from pretrain.views.decode import DamagedSample
 
@@ -36,11 +36,9 @@ def captions(members: Mapping[str, memoryview], extension: str) -> list[str]:
 def read_lines(member: memoryview, extension: str) -> list[str]:
     """The lines of a text that are not blank; DamagedSample where it is not UTF-8."""
     try:
-        text = bytes(member).decode("utf-8")
+        return read_captions(bytes(member))
     except UnicodeDecodeError as error:
         raise DamagedSample(f"caption is not UTF-8 (.{extension}, byte {error.start})") from None
-    lines = [line.strip().replace("\\n", "\n") for line in text.removeprefix("\ufeff").split("\n")]
-    return [line for line in lines if line]
 
 
 def label(members: Mapping[str, memoryview]) -> int:

@@ -89,6 +89,12 @@ def caption_lines(captions: Sequence[str]) -> bytes:
     return "\n".join("\\n".join(caption.strip().splitlines()) for caption in captions).encode()
 
 
+def read_captions(text: bytes) -> list[str]:
+    """What `caption_lines` wrote; blank lines are none. UnicodeDecodeError where it is not UTF-8."""
+    lines = [line.strip().replace("\\n", "\n") for line in text.decode("utf-8").removeprefix("\ufeff").split("\n")]
+    return [line for line in lines if line]
+
+
 def json_bytes(value: dict[str, Any]) -> bytes:
     return json.dumps(value, sort_keys=True, allow_nan=False).encode()
 

@@ -26,7 +26,7 @@ def list_coco(path: Path, *, images: Path | None = None, instances: Path | None 
     if not images.is_dir():
         raise UserError(f"no image folder {images}: name it with --images")
     try:
-        return _listing(_load(captions), _load(instances), images)
+        return _listing(load_coco(captions), load_coco(instances), images)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} does not have COCO's form ({type(error).__name__}: {error})") from error
 
@@ -47,7 +47,8 @@ def _beside(path: Path, prefix: str) -> Path | None:
     return other if other.exists() else None
 
 
-def _load(path: Path | None) -> dict[str, Any]:
+def load_coco(path: Path | None) -> dict[str, Any]:
+    """What an annotation file holds, nothing where there is none; UserError where it is not COCO's."""
     if path is None:
         return {}
     try:

@@ -13,7 +13,8 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-MAX_BYTES = 4 << 20  # of JSON: tens of thousands of objects
+MAX_BYTES = 4 << 20  # of JSON
+MAX_OBJECTS = 10_000
 MAX_PHRASE = 500  # characters of a label and its attributes
 ROUNDING = 1e-3  # how far outside the image a box may reach: the third decimal, a pixel of a thousand
 DECIMALS = 6
@@ -51,6 +52,8 @@ def read_objects(data: bytes | memoryview) -> Found:
     listed = read_json(data).get("objects", [])
     if not isinstance(listed, list):
         raise ValueError(f"objects is no list but {reprlib.repr(listed)}")
+    if len(listed) > MAX_OBJECTS:
+        raise ValueError(f"{len(listed):,} objects, more than {MAX_OBJECTS:,}")
     objects, wrong = [], []
     for number, given in enumerate(listed):
         try:
@@ -97,6 +100,16 @@ def box_of_pixels(box: Sequence[float], image: tuple[int, int]) -> Box:
     return _with_area(tuple(round(min(max(c, 0.0), 1.0), DECIMALS) for c in corners))
 
 
+def box_of_shares(given: Any) -> Box:
+    """[x1, y1, x2, y2] in shares of the image; ValueError where they are no such box."""
+    if not isinstance(given, list) or len(given) != 4:
+        raise ValueError(f"box is not [x1, y1, x2, y2] but {reprlib.repr(given)}")
+    corners = [_number("box corner", corner) for corner in given]
+    if min(corners) < -ROUNDING or max(corners) > 1 + ROUNDING:
+        raise ValueError(f"box {reprlib.repr(given)} is not in shares of the image: it reaches outside of 0 to 1")
+    return _with_area(tuple(min(max(corner, 0.0), 1.0) for corner in corners))
+
+
 def _object(given: Any) -> SceneObject:
     if not isinstance(given, dict):
         raise ValueError(f"no object of box and label but {reprlib.repr(given)}")
@@ -104,7 +117,7 @@ def _object(given: Any) -> SceneObject:
     if not isinstance(attrs, list):
         raise ValueError(f"attrs is no list but {reprlib.repr(attrs)}")
     named = SceneObject(
-        _box(given.get("box")),
+        box_of_shares(given.get("box")),
         _word("label", given.get("label")),
         tuple(_word("attribute", attribute) for attribute in attrs),
         _number("score", given.get("score", 1.0)),
@@ -112,15 +125,6 @@ def _object(given: Any) -> SceneObject:
     if len(named.phrase) > MAX_PHRASE:
         raise ValueError(f"label and attributes of {len(named.phrase)} characters, more than {MAX_PHRASE}")
     return named
-
-
-def _box(given: Any) -> Box:
-    if not isinstance(given, list) or len(given) != 4:
-        raise ValueError(f"box is not [x1, y1, x2, y2] but {reprlib.repr(given)}")
-    corners = [_number("box corner", corner) for corner in given]
-    if min(corners) < -ROUNDING or max(corners) > 1 + ROUNDING:
-        raise ValueError(f"box {reprlib.repr(given)} is not in shares of the image: it reaches outside of 0 to 1")
-    return _with_area(tuple(min(max(corner, 0.0), 1.0) for corner in corners))
 
 
 def _with_area(box: tuple[float, ...]) -> Box:

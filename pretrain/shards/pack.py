@@ -85,12 +85,12 @@ def pack(
     """
     if not listing.entries:
         raise UserError("nothing to pack: the input has no samples")
-    with _unfinished(out) as partial:
+    with unfinished(out) as partial:
         keys = assign_keys(entry.name for entry in listing.entries)
         skips = list(listing.skips)
         done = []
         for name, entries in _splits(_ordered(listing.entries, options), options).items():
-            writer = _Writer(partial / name, listing, options)
+            writer = ShardWriter(partial / name, listing, options)
             for entry, outcome in _read_all(entries, check, options.threads):
                 advance()
                 if isinstance(outcome, Skip):
@@ -100,9 +100,9 @@ def pack(
             done.append(writer.finish()._replace(folder=out / name))
         if not sum(split.samples for split in done):
             raise UserError(f"nothing to pack: all {len(listing.entries)} samples were skipped ({_counted(skips)})")
-        _write_lines(partial / "skipped.jsonl", (dict(skip._asdict()) for skip in skips))
+        write_lines(partial / "skipped.jsonl", (dict(skip._asdict()) for skip in skips))
         renamed = ((key, name) for name, key in keys.items() if name.rpartition(".")[0] != key)
-        _write_lines(partial / RENAMED, ({"key": key, "name": name} for key, name in renamed))
+        write_lines(partial / RENAMED, ({"key": key, "name": name} for key, name in renamed))
     return done, skips
 
 
@@ -137,13 +137,13 @@ def write_summary(folder: Path, indexes: list[tuple[str, ShardIndex]], extra: di
 
 
 @contextmanager
-def _unfinished(out: Path) -> Iterator[Path]:
+def unfinished(out: Path) -> Iterator[Path]:
     """A folder beside `out` that becomes `out` at the end, or is removed when something goes wrong."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty: choose another --out, or remove it first")
     partial = out.with_name(out.name + ".partial")
     if partial.exists() and not (partial / LOCK).exists():
-        raise UserError(f"{partial} is in the way: it is where the pack is written until it is complete; remove it")
+        raise UserError(f"{partial} is in the way: it is where {out} is written until it is complete; remove it")
     partial.mkdir(parents=True, exist_ok=True)
     with open(partial / LOCK, "a") as lock:
         try:
@@ -227,7 +227,7 @@ def _read_all(entries: list[Entry], check: Check, threads: int) -> Iterator[tupl
             pool.shutdown(cancel_futures=True)
 
 
-class _Writer:
+class ShardWriter:
     """Samples one after another into tars of one folder."""
 
     def __init__(self, folder: Path, listing: Listing, options: PackOptions):
@@ -242,7 +242,7 @@ class _Writer:
         if self.tar and (
             self.in_shard >= self.options.shard_samples or self.tar.offset + size > self.options.shard_bytes
         ):
-            self._close()
+            self.cut()
         if self.tar is None:
             self.paths.append(self.folder / f"{len(self.paths)}.tar")
             # GNU format: no limit on sizes, and no times beyond the header's (set to 0)
@@ -256,14 +256,15 @@ class _Writer:
         self.tar.members = []  # type: ignore[attr-defined]  # it remembers every member: a long shard's would add up
         self.in_shard += 1
 
-    def _close(self) -> None:
+    def cut(self) -> None:
+        """End the tar that is being written; the next sample begins another."""
         if self.tar:
             self.tar.close()
         self.tar, self.in_shard = None, 0
 
     def finish(self) -> Packed:
         """Close the last tar, index all, and write pack.json last."""
-        self._close()
+        self.cut()
         indexes = [(path.name, load_index(path)) for path in self.paths]
         if self.listing.classnames:
             lines = [" ".join(name.split()) or "_" for name in self.listing.classnames]  # a line a label, none blank
@@ -286,7 +287,8 @@ def _counted(skips: list[Skip]) -> str:
     return ", ".join(f"{reason}: {n}" for reason, n in count_reasons(skips).items())
 
 
-def _write_lines(path: Path, records: Iterable[Mapping[str, object]]) -> None:
+def write_lines(path: Path, records: Iterable[Mapping[str, object]]) -> None:
+    """JSON, a line a record; no file where there are none."""
     lines = [json.dumps(record) + "\n" for record in records]
     if lines:
         path.write_text("".join(lines))

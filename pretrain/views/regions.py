@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pretrain.views.geometry import Box
 
-SHOWN = 0.5  # the share of a region's area that its crop must show
+SHOWN = 0.5 - 1e-9  # the share of a region's area that its crop must show: exactly half, as it is rounded, will do
 
 
 class Regions(NamedTuple):

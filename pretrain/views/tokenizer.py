@@ -69,6 +69,10 @@ class ClipTokenizer:
         rules = f"{self.name} {_RULES} context={self.context} ".encode()
         return hashlib.sha256(rules + gzip.decompress(self._vocabulary)).hexdigest()
 
+    def vocabulary(self) -> tuple[dict[str, int], list[tuple[str, str]]]:
+        """Ids of the pieces and the merges, best first: what other programs make this tokenizer of."""
+        return self._ids, list(self._ranks)
+
     def _encode_caption(self, caption: str) -> array:
         ids = array("H", [START])
         for word in _WORDS.findall(clean(caption)):

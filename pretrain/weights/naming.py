@@ -71,6 +71,17 @@ def table(ours: Iterable[str], rules: Iterable[Rule]) -> dict[str, tuple[str, Ru
     return found
 
 
+def exported(trunk: nn.Module) -> dict[str, Tensor]:
+    """The trunk's tensors, less those of its branch for regions, which belongs to training."""
+    return {name: t for name, t in trunk.state_dict().items() if not name.startswith("image.regions.")}
+
+
+def without(named: Mapping[str, Tensor], beside: Iterable[str]) -> dict[str, Tensor]:
+    """`named` less what is no weight of a trunk."""
+    apart = set(beside)
+    return {name: t for name, t in named.items() if name not in apart}
+
+
 @torch.no_grad()
 def load(module: nn.Module, foreign: Mapping[str, Tensor], names: Names, where: str) -> None:
     """Copy `foreign` into the module's own tensors.

@@ -25,7 +25,7 @@ def load_timm(trunk: Trunk, weights: Mapping[str, Tensor] | str | Path) -> None:
     """
     where = str(weights) if isinstance(weights, str | Path) else "this state dict"
     named = read_weights(weights) if isinstance(weights, str | Path) else dict(weights)
-    names = _names(trunk)
+    names = backbone_names(trunk)
     wanted = {theirs for theirs, _ in names.values()}
     classifiers = _classifiers(trunk)
     kept = {n: t for n, t in named.items() if n in wanted or not n.startswith(classifiers)}
@@ -38,13 +38,14 @@ def to_timm(trunk: Trunk) -> dict[str, Tensor]:
     own = trunk.state_dict()
     return {
         theirs: own[ours].detach().cpu().clone(memory_format=torch.contiguous_format)
-        for ours, (theirs, _) in _names(trunk).items()
+        for ours, (theirs, _) in backbone_names(trunk).items()
     }
 
 
-def _names(trunk: Trunk) -> dict[str, tuple[str, Rule]]:
-    ours = [name for name in trunk.state_dict() if name.startswith(BACKBONE)]
-    return {name: (name.removeprefix(BACKBONE), Rule(name, name.removeprefix(BACKBONE))) for name in ours}
+def backbone_names(trunk: Trunk, prefix: str = "") -> dict[str, tuple[str, Rule]]:
+    """timm's names of the image backbone, `prefix` before each."""
+    own = [name for name in trunk.state_dict() if name.startswith(BACKBONE)]
+    return {name: (theirs := prefix + name.removeprefix(BACKBONE), Rule(name, theirs)) for name in own}
 
 
 def _classifiers(trunk: Trunk) -> tuple[str, ...]:

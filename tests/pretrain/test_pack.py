@@ -425,7 +425,7 @@ def test_an_interrupted_pack_leaves_nothing_that_looks_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = photos(tmp_path / "in", [f"{i}.jpg" for i in range(9)]), tmp_path / "out"
-    add, calls = packing._Writer.add, []
+    add, calls = packing.ShardWriter.add, []
 
     def interrupted(self, key, sample):
         calls.append(key)
@@ -434,12 +434,12 @@ def test_an_interrupted_pack_leaves_nothing_that_looks_whole(
         add(self, key, sample)
 
     with monkeypatch.context() as patch:
-        patch.setattr(packing._Writer, "add", interrupted)
+        patch.setattr(packing.ShardWriter, "add", interrupted)
         assert run("pack", folder, "--out", out, "--shard-size", 2) == 130
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
     with monkeypatch.context() as patch:  # killed: nothing could be tidied
         calls.clear()
-        patch.setattr(packing._Writer, "add", interrupted)
+        patch.setattr(packing.ShardWriter, "add", interrupted)
         patch.setattr(packing.shutil, "rmtree", lambda *_, **__: None)
         run("pack", folder, "--out", out, "--shard-size", 2)
     assert not out.exists()
@@ -451,7 +451,7 @@ def test_an_interrupted_pack_leaves_nothing_that_looks_whole(
 
 def test_two_packs_into_one_folder_do_not_mix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = photos(tmp_path / "in", ["a.jpg"])
-    with packing._unfinished(tmp_path / "out"):
+    with packing.unfinished(tmp_path / "out"):
         assert run("pack", folder, "--out", tmp_path / "out") == 2
     assert "another pack" in capsys.readouterr().err
 

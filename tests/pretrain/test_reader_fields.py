@@ -126,37 +126,46 @@ def painted(width: int, height: int, box: list[int]) -> bytes:
     return out.getvalue()
 
 
+def paint_box(pixels: np.ndarray) -> list[int]:
+    """x1, y1, x2, y2 of a white box in (S, S) pixels: where a row or column is over half as white as the whitest."""
+    edges = []
+    for line in (pixels.sum(0), pixels.sum(1)):
+        (white,) = np.nonzero(line > line.max() / 2)
+        edges.append((white[0], white[-1] + 1))
+    (x1, x2), (y1, y2) = edges
+    return [x1, y1, x2, y2]
+
+
 def test_boxes_are_where_the_crop_shows_them(tmp_path):
     """The first object of every sample is painted: the reader's first box holds the paint of the reader's crop."""
     changed = {}
     for i in range(SAMPLES):
         rng = np.random.default_rng(i)
-        x, y = rng.integers(0, 60, 2).tolist()
-        box = [x, y, x + 40, y + 30]
-        first = SceneObject((x / 100, y / 90, (x + 40) / 100, (y + 30) / 90), "paint", (), 0.9)
+        x, y = rng.integers(0, (86, 79)).tolist()
+        box = [x, y, x + 15, y + 12]
+        first = SceneObject((x / 100, y / 90, (x + 15) / 100, (y + 12) / 90), "paint", (), 0.9)
         whole = SceneObject((0.0, 0.0, 1.0, 1.0), "all", (), 0.1)
         told = json.dumps({"objects": [whole.record(), first.record()]}).encode()
         changed[i] = {"png": painted(100, 90, box), "txt": b"a\nb", "json": told}
-    view = ImageView("local", 32, scale=(0.3, 0.9), flip=0.5, interpolation="bilinear")
-    order = SampleOrder([SAMPLES], seed=3, global_batch=12)
-    with Reader(
-        [source_of(tmp_path / "s", changed)], order, (view,), (), None, region_views=(BOXES,), seed=3
-    ) as reader:
+    view = ImageView("local", 32, scale=(0.6, 0.9), flip=0.5, interpolation="bilinear")  # more than half of the whole
+    source = source_of(tmp_path / "s", changed)
+    order = SampleOrder([source.lengths], seed=3, global_batch=12)
+    with Reader([source], order, (view,), (), None, region_views=(BOXES,), seed=3) as reader:
         found = rows(list(reader.stream(0, 3)))
-    checked = 0
+    counts = []
     for row in found.values():
-        (x1, y1, x2, y2), mask = row.regions["boxes"].boxes[0, 0].tolist(), row.regions["boxes"].mask[0]
-        pixels = row.images["local"][0, 0].numpy() / 255
-        assert row.regions["boxes"].features.shape == (1, 3, 0)
-        assert mask.tolist() in ([True, True, False], [True, False, False], [False] * 3)
-        assert row.present["boxes"].item() == mask[0].item()
-        if not mask[1]:  # one of the two is shown less than half: which, the crop does not say
-            continue
-        checked += 1
-        assert pixels.sum() == pytest.approx((x2 - x1) * (y2 - y1) * 32 * 32, rel=0.1)
-        centre = (pixels.sum(0) * (np.arange(32) + 0.5)).sum() / pixels.sum() / 32
-        assert centre == pytest.approx((x1 + x2) / 2, abs=0.02)
-    assert checked > 15
+        boxes, features, mask = row.regions["boxes"]
+        count = int(mask.sum())
+        assert (boxes.shape, boxes.dtype, features.shape, mask.shape) == ((1, 3, 4), torch.float32, (1, 3, 0), (1, 3))
+        assert mask[0].tolist() == [n < count for n in range(3)]
+        assert row.present["boxes"].item()
+        assert boxes[0, count - 1 :].tolist() == [[0, 0, 1, 1], *[[0, 0, 0, 0]] * (3 - count)]
+        if count == 2:
+            pixels = row.images["local"][0, 0].numpy() / 255
+            assert paint_box(pixels) == pytest.approx(boxes[0, 0].numpy() * 32, abs=1)
+        counts.append(count)
+    assert counts.count(2) > 20
+    assert set(counts) == {1, 2}
 
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
@@ -180,11 +189,7 @@ def test_boxes_match_the_pixels_of_the_crop(flip):
             continue
         seen += 1
         pixels = random_resized_crop(painted, view, u)[0].numpy() / 255
-        left, top, right, bottom = found[0] * 64
-        ys, xs = pixels.sum(1), pixels.sum(0)  # the paint in every row and column
-        assert (right - left) * (bottom - top) == pytest.approx(pixels.sum(), abs=0.02 * 64 + 0.02 * pixels.sum())
-        assert (left + right) / 2 == pytest.approx((xs * (np.arange(64) + 0.5)).sum() / xs.sum(), abs=0.6)
-        assert (top + bottom) / 2 == pytest.approx((ys * (np.arange(64) + 0.5)).sum() / ys.sum(), abs=0.6)
+        assert paint_box(pixels) == pytest.approx(found[0] * 64, abs=1)
     assert 60 < seen < 240
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -91,6 +92,7 @@ def test_corners_off_by_rounding_are_brought_to_the_edge():
         (b"[1, 2]", "not a JSON object"),
         (b'{"objects": {"a": 1}}', "objects is no list"),
         (b'{"objects": null}', "objects is no list"),
+        (b'{"objects": [' + b"0," * 10_000 + b"0]}", "10,001 objects, more than 10,000"),
         (b'{"objects":' + b"[" * 200_000, "nested too deeply"),
         (b'{"n": ' + b"1" * 5000 + b"}", "not JSON"),
         (b'{"x": "' + b"a" * MAX_BYTES + b'"}', "more than"),
@@ -99,6 +101,35 @@ def test_corners_off_by_rounding_are_brought_to_the_edge():
 def test_what_is_no_json_of_objects_is_refused(data, reason):
     with pytest.raises(ValueError, match=reason):
         read_objects(data)
+
+
+def test_no_json_makes_it_raise_anything_else():
+    rng = np.random.default_rng(0)
+    leaves = [
+        None,
+        True,
+        3,
+        -0.5,
+        1e308,
+        10**400,
+        float("nan"),
+        "",
+        "word",
+        "\ud800",
+        [],
+        {},
+        [0, 0, 1, 1],
+        [0.1, 0.2, 0.3, 0.4],
+    ]
+    names = ["box", "label", "attrs", "score", "other"]
+    good = 0
+    for _ in range(3000):
+        objects = [{names[k]: leaves[v] for k, v in zip(rng.integers(0, 5, 4), rng.integers(0, len(leaves), 4))}] * 2
+        found, wrong = read_objects(json.dumps({"objects": objects}).encode())
+        assert len(found) + len(wrong) == 2
+        assert isinstance(tags(found), str)
+        good += len(found)
+    assert good > 10
 
 
 def test_boxes_of_pixels_become_shares_cut_to_the_image():
@@ -163,8 +194,6 @@ def test_no_bytes_make_it_raise_anything_else():
         data = whole.copy()
         for place in rng.integers(0, 130, rng.integers(1, 4)):
             data[place] = rng.integers(256)
-        try:
+        with suppress(ValueError):
             read += read_rows(bytes(data), 12).shape == (2, 12)
-        except ValueError:
-            pass
     assert 0 < read < 3000

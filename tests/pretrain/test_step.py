@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from pretrain.backends.ddp import DDP
 from pretrain.backends.replicated import Replicated
 from pretrain.distributed.process import Process
+from pretrain.models.lock import lock
 from pretrain.models.request import FeatureRequest
 from pretrain.models.trunk import build_trunk
 from pretrain.objectives import build
@@ -67,8 +68,9 @@ def gradients(rank: int, world: int, model: dict, accumulation: int) -> dict[str
     """Loss and gradients of one step, through the backend."""
     r = recipe(model, accumulation)
     process = Process(rank, world, 0, torch.device("cpu"))
-    backend = DDP(build_trunk(r.model, seed=1).double(), r, process)
-    joint = Joint(build(r.objectives, FACTS)).double()
+    trunk, joint = build_trunk(r.model, seed=1).double(), Joint(build(r.objectives, FACTS)).double()
+    lock(trunk, r.model.lock, joint.requests())
+    backend = DDP(trunk, r, process)
     replicated = Replicated(joint, r.optimizer, process)
     two_stage = TwoStage(backend, joint, accumulation=accumulation, seed=0, rank=rank, group=None)
     batch = global_batch(r.model.image_size)

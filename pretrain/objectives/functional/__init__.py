@@ -9,13 +9,14 @@ too. On a GPU, `torch.backends.cuda.matmul` decides whether float32 products use
 """
 
 from pretrain.objectives.functional.assignment import sinkhorn
-from pretrain.objectives.functional.clip import clip_loss, contrastive_grads, contrastive_ranks
+from pretrain.objectives.functional.clip import captions_loss, clip_loss, contrastive_grads, contrastive_ranks
 from pretrain.objectives.functional.hydra import hydra_loss, hydra_partners
 from pretrain.objectives.functional.pyramid import pyramid_clip_loss
 from pretrain.objectives.functional.siglip import siglip_loss
 from pretrain.objectives.functional.swav import swav_loss
 
 __all__ = [
+    "captions_loss",
     "clip_loss",
     "contrastive_grads",
     "contrastive_ranks",

@@ -5,6 +5,8 @@ Both are computed tile by tile (`tiles.py`): memory grows with N, never with N²
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,31 @@ def clip_loss(
     _check(image, text, logit_scale, ids, weight, smoothing)
     setting = Setting([Term(0, 0)], smoothing, False, tile_of(tile, image), group)
     return ContrastiveLoss.apply(setting, 1, logit_scale, ids, _column(weight), image, text)[0]
+
+
+def captions_loss(
+    image: Tensor,
+    texts: Sequence[Tensor],
+    logit_scale: Tensor,
+    *,
+    ids: Tensor | None = None,
+    weight: Tensor | None = None,
+    smoothing: float = 0.0,
+    tile: int | None = None,
+    group: Group = None,
+) -> Tensor:
+    """The mean of `clip_loss` over k texts of every image, shape (); all texts travel in one go.
+
+    texts: k times (B, D); a text of image i in row i. One text at a time is set against the images, so that two of one
+    image are never each other's candidates.
+    weight: (B, k) ≥ 0; 0 where an image has no such text. Every term is the mean over its own column's weight.
+    All else is as for `clip_loss`.
+    """
+    for k, text in enumerate(texts):
+        _check(image, text, logit_scale, ids, None if weight is None else weight[:, k], smoothing)
+    terms = [Term(0, k, 1 / len(texts)) for k in range(len(texts))]
+    setting = Setting(terms, smoothing, False, tile_of(tile, image), group)
+    return ContrastiveLoss.apply(setting, 1, logit_scale, ids, weight, image, *texts)[0]
 
 
 @torch.no_grad()

@@ -1,0 +1,221 @@
+"""`check`: what it counts is what a run takes, and what it finds wrong is what a run would refuse or spoil."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.__main__ import main
+from pretrain.check import Report, check, memory
+from pretrain.checkpoint import find_latest
+from pretrain.parts import build_modules
+from pretrain.recipe import parse_recipe
+from tests.runs import train_here
+from tests.tiny import RESNET, VIT, add, picture, recipe_data, write_recipe, write_shards
+
+CLIP_RESNET = RESNET | {"image": "resnet50_clip", "image_size": 64, "image_kwargs": {}}
+CLIP_VIT = VIT | {
+    "image": "vit_base_patch32_clip_224",
+    "image_size": 32,
+    "image_kwargs": {"embed_dim": 32, "depth": 4, "num_heads": 2, "patch_size": 8},
+}
+SSL = {"dino": {"prototypes": 64, "hidden": 16, "bottleneck": 8, "crops": [[2, 16, [0.4, 1.0]]]}}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+def looked(shards: Path, tmp_path: Path, options: dict[str, Any] | None = None, **changes: Any) -> Report:
+    return check(parse_recipe(recipe_data(shards, tmp_path / "run", **changes), "test"), **(options or {}))
+
+
+def listing(folder: Path) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+def write_tar(folder: Path, members: dict[str, bytes], samples: int = 24) -> Path:
+    """Samples with a picture and these members each."""
+    folder.mkdir(parents=True)
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for i in range(samples):
+            for extension, content in {"png": picture(i), **members}.items():
+                add(tar, f"s{i:04d}.{extension}", content)
+    return folder
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize(
+    ("model", "objectives"),
+    [
+        (VIT, {"clip": 1.0}),
+        (RESNET, {"clip": 1.0}),
+        (CLIP_RESNET, {"clip": 1.0}),
+        (CLIP_VIT | {"leff": 1, "regions": {}}, {"pyramid_clip": 1.0}),
+        (CLIP_RESNET | {"regions": {"stored_dim": 8}}, {"pyramid_clip": 1.0}),
+    ],
+    ids=["vit", "resnet", "clip-resnet", "pyramid-vit", "pyramid-resnet"],
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_activations_are_what_autograd_really_keeps(model, objectives, precision):
+    data = recipe_data(Path("shards"), Path("run"), model=model, objectives=objectives, precision=precision)
+    recipe = parse_recipe(data, "test")
+    with torch.device("meta"):
+        on_meta, joint, _ = build_modules(recipe, 60, 0, 1)
+    trunk, *_ = build_modules(recipe, 60, 0, 1)
+    inputs = memory._inputs(joint, recipe, 9)
+    counted = memory.forward(on_meta, inputs, bf16=precision == "bf16")
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+        memory.SavedBytes([*trunk.parameters(), *trunk.buffers()]) as real,
+    ):
+        trunk({request: materialised(x) for request, x in inputs.items()})
+    # the CPU's autocast leaves a few operations in bf16 that CUDA's does in fp32
+    within = 0.01 if precision == "fp32" else 0.15
+    assert counted.saved + counted.cast_weights == pytest.approx(real.bytes(), rel=within)
+
+
+def materialised(x: Any) -> Any:
+    if isinstance(x, torch.Tensor):
+        return torch.randint(0, 255, x.shape, dtype=torch.uint8) if x.is_meta else x
+    return x._replace(images=materialised(x.images))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"optimizer": {"name": "sgd"}, "ema": {"decay": 0.9}},
+        {"model": VIT | {"text": None, "embed_dim": None}, "objectives": SSL},
+    ],
+    ids=["adamw", "sgd-ema", "teacher"],
+)
+def test_a_checkpoint_has_the_size_that_was_told(shards, tmp_path, changes):
+    data = recipe_data(shards, tmp_path / "run", steps=2, **changes)
+    told = check(parse_recipe(data, "test")).sections["checkpoints"]["one_bytes"]
+    assert train_here(write_recipe(tmp_path / "recipe.yaml", data)) == 0
+    written = find_latest(tmp_path / "run" / "checkpoints")
+    assert written is not None
+    real = sum(written.read(name).nbytes for name in written.names())
+    assert told == pytest.approx(real, rel=0.02)
+
+
+def test_what_does_not_fit_is_told_with_an_accumulation_that_fits(shards, tmp_path):
+    report = looked(shards, tmp_path, {"gpu_bytes": 2**30}, model=CLIP_RESNET, global_batch=48)
+    (problem,) = [p for p in report.problems if "GiB" in p]
+    (accumulation,) = [int(word.partition("=")[2]) for word in problem.split() if word.startswith("accumulation=")]
+    options = {"gpu_bytes": 2**30}
+    assert not looked(shards, tmp_path, options, model=CLIP_RESNET, global_batch=48, accumulation=accumulation).problems
+    assert looked(shards, tmp_path, {"gpu_bytes": 2**20}).problems[0].endswith("more ranks, or a smaller model")
+
+
+def test_the_largest_model_takes_no_memory_and_its_size_is_told(shards, tmp_path):
+    text = {"width": 1280, "heads": 20, "layers": 32}
+    model = {"image": "vit_gigantic_patch14_clip_224", "embed_dim": 1280, "text": text}
+    report = looked(shards, tmp_path, model=model)
+    assert report.sections["model"]["trained"] == 2_539_567_105  # open_clip's ViT-bigG-14
+    assert report.sections["memory of a rank"]["optimizer_bytes"] == 8 * 2_539_567_105
+
+
+# ---- data
+
+
+def test_a_run_without_problems(shards, tmp_path):
+    before = listing(tmp_path) | listing(shards)
+    report = looked(shards, tmp_path, {"images_per_s": 48.0})
+    assert report.problems == []
+    (source,) = report.sections["data"]
+    assert (source["shards"], source["samples"], source["captions"], source["classes"]) == (3, 60, "100%", "100%")
+    assert report.sections["plan"]["time_s"] == 8 * 12 / 48.0
+    assert report.sections["plan"]["epochs"] == 1.6
+    assert listing(tmp_path) | listing(shards) == before  # not even an index beside the tars
+
+
+def test_captions_wanted_of_a_class_folder(tmp_path):
+    folder = write_tar(tmp_path / "classes", {"cls": b"3"})
+    (problem,) = looked(folder, tmp_path).problems
+    assert "none of the samples have a caption (.txt), which objective clip reads" in problem
+    assert "python -m pretrain pack captions.tsv" in problem
+
+
+def test_classes_wanted_of_captions(tmp_path):
+    folder = write_tar(tmp_path / "captions", {"txt": b"a thing"})
+    hydra = {"hydra": {"classes": 3, "dim": 8, "hidden": 8, "gate_width": 8, "gate_hidden": 8}}
+    (problem,) = looked(folder, tmp_path, objectives=hydra, model=VIT | {"text": None}).problems
+    assert "none of the samples have a class (.cls), which objective hydra reads" in problem
+
+
+def test_summaries_and_objects_that_pyramid_clip_misses(tmp_path):
+    model = CLIP_VIT | {"regions": {}}
+    bare = write_tar(tmp_path / "bare", {"txt": b"a thing", "json": b'{"width": 3}'})
+    problems = looked(bare, tmp_path, objectives={"pyramid_clip": 1.0}, model=model).problems
+    assert len(problems) == 2
+    assert "a summary (.summary.txt)" in problems[0]
+    assert f"python -m pretrain enrich {bare}" in problems[0]
+    assert "objects (.json)" in problems[1]
+    objects = json.dumps({"objects": [{"box": [0, 0, 0.5, 0.5], "label": "thing"}]}).encode()
+    rich = write_tar(tmp_path / "rich", {"txt": b"a thing", "summary.txt": b"thing", "json": objects})
+    assert looked(rich, tmp_path, objectives={"pyramid_clip": 1.0}, model=model).problems == []
+
+
+def test_shards_that_are_elsewhere(tmp_path):
+    away = tmp_path / "away" / "{000..009}.tar"
+    problems = looked(away, tmp_path, steps=None, epochs=2).problems
+    assert any("no shard" in p for p in problems)
+    assert any("--samples" in p for p in problems)
+    report = looked(away, tmp_path, {"samples": 1200}, steps=None, epochs=2)
+    assert report.problems == []
+    assert any("not looked at: no shard" in note for note in report.notes)
+    assert report.sections["plan"]["steps"] == 200
+    assert report.sections["memory of a rank"]["caption_tokens"] == VIT["text"]["context"]
+
+
+# ---- what training refuses, in its words
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"objectives": {"clap": 1.0}}, "no objective 'clap'; did you mean clip"),
+        ({"model": VIT | {"image": "vit_tiny_patch17"}}, "timm"),
+        ({"model": VIT | {"text": None}}, "model.text: null"),
+        ({"global_batch": 96}, "60"),
+        ({"init": "nowhere.safetensors"}, "init.weights: no file nowhere.safetensors"),
+        ({"schedule": {"warmup_steps": 8}}, "never reaches"),
+        ({"model": CLIP_VIT | {"lock": {"image": True, "projection": True, "text": True}}}, "lock"),
+    ],
+    ids=["objective", "tower", "text", "batch", "init", "warm-up", "lock"],
+)
+def test_refusals(shards, tmp_path, changes, said):
+    assert any(said in problem for problem in looked(shards, tmp_path, **changes).problems)
+
+
+def test_a_batch_that_the_ranks_do_not_divide_is_told_with_those_they_do(shards, tmp_path):
+    report = looked(shards, tmp_path, {"world": 5})
+    assert "global_batch 12 must be a multiple of world 5 x accumulation 1; try 10 or 15" in report.problems
+
+
+def test_a_model_that_cannot_run_is_a_problem_and_no_traceback(shards, tmp_path):
+    report = looked(shards, tmp_path, model=VIT | {"image": "vit_base_patch32_clip_224", "image_size": 16})
+    assert report.problems
+
+
+# ---- the door
+
+
+def test_the_door_says_it_for_people_and_for_machines(shards, tmp_path, capsys):
+    recipe = str(write_recipe(tmp_path / "recipe.yaml", recipe_data(shards, tmp_path / "run")))
+    assert main(["check", recipe]) == 0
+    assert capsys.readouterr().out.endswith("nothing is wrong\n")
+    assert main(["check", recipe, "global_batch=11", "--world", "2", "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["recipe"]["global_batch"] == 11
+    assert any("must be a multiple of world 2" in problem for problem in told["problems"])
