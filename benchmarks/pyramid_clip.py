@@ -58,7 +58,7 @@ SETS = {
         90.0,
     ),
     "flickr1k": Photographs(
-        [["flickr1k/captions.tsv", "--images", "flickr1k/images", "--holdout", "200", "--out", "."]], 100, 240.0
+        [["flickr1k/captions.tsv", "--images", "flickr1k/images", "--holdout", "200", "--out", "."]], 100, 150.0
     ),
 }
 

@@ -28,7 +28,7 @@ from pretrain.models.trunk import Trunk, build_trunk
 from pretrain.recipe import ModelRecipe, TextRecipe
 from pretrain.views.decode import DamagedSample, decode
 from pretrain.views.geometry import eval_crop
-from pretrain.views.tokenizer import ClipTokenizer
+from pretrain.views.tokenizer import Tokenizer, build_tokenizer
 from pretrain.weights.native import is_export, load_trunk, open_export
 from pretrain.weights.which import Which
 
@@ -90,10 +90,11 @@ class Encoder:
         return {**RULES, "model": model, "tokenizer": self._tokenizer.digest() if self.has_text else None}
 
     @cached_property
-    def _tokenizer(self) -> ClipTokenizer:
-        if self.model.text is None:
+    def _tokenizer(self) -> Tokenizer:
+        built = build_tokenizer(self.model.text)
+        if built is None:
             raise UserError("this encoder has no text tower (model.text: null): it encodes images only")
-        return ClipTokenizer(context=self.model.text.context)
+        return built
 
     def preprocess(self, image: ImageLike) -> Tensor:
         """One image as the tower sees it: uint8 (3, S, S).

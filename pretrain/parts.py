@@ -57,6 +57,8 @@ def assemble(recipe: Recipe, samples: int, process: Process, checkpoint: Checkpo
         report = load_init(trunk, joint, recipe.init)
         if process.first:
             log.info(f"{report}")
+            for warning in report.warnings:
+                log.warning(warning)
     backend = DDP(trunk, recipe, process, teacher=teacher)
     replicated = Replicated(joint, recipe.optimizer, process)
     two_stage = TwoStage(

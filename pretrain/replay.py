@@ -31,7 +31,7 @@ from pretrain.recipe import Recipe
 from pretrain.run import RunFolder
 from pretrain.step import seed_draws, update
 from pretrain.telemetry import read_log
-from pretrain.views.tokenizer import ClipTokenizer
+from pretrain.views.tokenizer import build_tokenizer
 
 
 @dataclass
@@ -86,7 +86,7 @@ def replay(run: Path, step: int, *, advance: bool = False) -> Replayed:
         )
     state = _State(recipe, order.samples, checkpoint)
     joint = state.parts.joint
-    tokenizer = ClipTokenizer(recipe.model.text.context) if recipe.model.text else None
+    tokenizer = build_tokenizer(recipe.model.text)
     reader = Reader(
         sources, order, joint.image_views(recipe.model.image_size), joint.text_views(), tokenizer,
         region_views=joint.region_views(), seed=recipe.seed, threads=recipe.data.threads, max_damaged=1.0,

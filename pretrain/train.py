@@ -46,7 +46,7 @@ from pretrain.recipe import Recipe, check_split
 from pretrain.run import RunFolder
 from pretrain.step import NonFiniteError, TwoStage, update
 from pretrain.telemetry import RunLog, StepClock, embedding_std, provenance, rankme
-from pretrain.views.tokenizer import ClipTokenizer
+from pretrain.views.tokenizer import build_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -236,7 +236,7 @@ def _setup(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
         order,
         joint.image_views(recipe.model.image_size),
         joint.text_views(),
-        ClipTokenizer(recipe.model.text.context) if recipe.model.text else None,
+        build_tokenizer(recipe.model.text),
         region_views=joint.region_views(),
         seed=recipe.seed,
         rank=process.rank,

@@ -23,7 +23,7 @@ from pretrain.objectives.joint import Joint
 from pretrain.parts import build_modules
 from pretrain.recipe import Recipe
 from pretrain.run import RunFolder
-from pretrain.views.tokenizer import ClipTokenizer
+from pretrain.views.tokenizer import build_tokenizer
 
 T = TypeVar("T")
 
@@ -125,7 +125,9 @@ def _modules(
     report.notes += notes
     for line in problems:
         report.problem(line)
-    tokens = _tokens(recipe, held)
+    tokens = report.refused(lambda: _tokens(recipe, held))
+    if tokens is None:
+        return
     cost = report.refused(lambda: memory.towers(trunk, joint, recipe, tokens))
     report.sections["model"] = _model(recipe, trunk, joint, teacher, cost)
     if cost is None:
@@ -161,11 +163,10 @@ def _count(module: nn.Module, trained: bool = False) -> int:
 
 def _tokens(recipe: Recipe, held: list[data.Held]) -> int:
     """Mean length of the captions that were read; the context where there are none."""
-    if recipe.model.text is None:
+    tokenizer = build_tokenizer(recipe.model.text)
+    if tokenizer is None or recipe.model.text is None:
         return 0
     captions = [caption for h in held for caption in h.captions if caption.strip()]
-    context = recipe.model.text.context
-    if not captions or recipe.model.text.tokenizer:
-        return context
-    lengths = (ClipTokenizer(context)(captions) > 0).sum(dim=1)
-    return math.ceil(lengths.float().mean().item())
+    if not captions:
+        return recipe.model.text.context
+    return math.ceil((tokenizer(captions) > 0).sum(dim=1).float().mean().item())

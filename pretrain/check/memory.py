@@ -9,7 +9,6 @@ Not counted: what a backward holds for a moment, the allocator's gaps, the CUDA 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 

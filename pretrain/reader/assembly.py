@@ -29,7 +29,7 @@ from pretrain.views.geometry import UNIFORMS, crop_box, random_resized_crop
 from pretrain.views.photometric import draw
 from pretrain.views.regions import Regions, in_crop
 from pretrain.views.spec import ImageView, RegionView, TextView
-from pretrain.views.tokenizer import ClipTokenizer
+from pretrain.views.tokenizer import Tokenizer
 
 ROWS_A_TASK = 16
 
@@ -43,7 +43,7 @@ class Plan:
     image_views: tuple[ImageView, ...]
     text_views: tuple[TextView, ...]
     region_views: tuple[RegionView, ...]
-    tokenizer: ClipTokenizer | None
+    tokenizer: Tokenizer | None
     seed: int
     rank: int
     world: int
@@ -189,7 +189,7 @@ class Job:
             if not self.done.done():
                 self.done.set_result(batch)
 
-    def _tokens(self, view: str, tokenizer: ClipTokenizer) -> torch.Tensor:
+    def _tokens(self, view: str, tokenizer: Tokenizer) -> torch.Tensor:
         tokens = tokenizer(self._captions[view])
         if view in self._present:
             tokens.numpy()[~self._present[view]] = 0

@@ -28,7 +28,7 @@ from pretrain.reader.fields import wanted_extensions
 from pretrain.shards.source import Source
 from pretrain.views.decode import MAX_PIXELS, Scratch
 from pretrain.views.spec import ImageView, RegionView, TextView
-from pretrain.views.tokenizer import ClipTokenizer
+from pretrain.views.tokenizer import Tokenizer
 
 __all__ = ["Batch", "Reader"]
 
@@ -47,7 +47,7 @@ class Reader:
         order: Order,
         image_views: Sequence[ImageView],
         text_views: Sequence[TextView],
-        tokenizer: ClipTokenizer | None,
+        tokenizer: Tokenizer | None,
         *,
         region_views: Sequence[RegionView] = (),
         seed: int,

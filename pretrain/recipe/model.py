@@ -44,6 +44,14 @@ class TextRecipe(Part):
             raise ValueError(f"text.width {self.width} must be a multiple of text.heads {self.heads}")
         return self
 
+    @model_validator(mode="after")
+    def _end_is_known(self) -> TextRecipe:
+        if self.tokenizer is not None and self.pool != "last":
+            raise ValueError(
+                f"text.pool {self.pool} looks for CLIP's end-of-text, the highest id; text.tokenizer needs pool: last"
+            )
+        return self
+
 
 class RegionRecipe(Part):
     """Regions of an image through the last layers of its tower (PyramidCLIP, Gao et al. 2022, §3.2)."""

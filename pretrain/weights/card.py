@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +33,16 @@ class Proof:
         return f"{self.images} images (least cosine {self.image_cosine:.7f}){texts}"
 
 
-def code(source: Source, target: Target) -> str:
-    """What embeds with the export in `folder`."""
-    texts = target.text_code(source) if target.text_code and source.model.text else ""
-    return target.image_code(source) + (f"\n\n{texts}" if texts else "")
-
-
 def card(source: Source, target: Target, proof: Proof | None) -> str:
     """The card as Markdown; without `proof` it says that nothing was verified."""
     installs = "pip install " + " ".join(target.packages)
     sections = {
-        "Load it": f'`{installs}`; then, in this folder:\n\n```python\nfolder = "."\n\n{code(source, target)}```',
+        "Load it": f'`{installs}`; then, in this folder:\n\n```python\nfolder = "."\n\n{target.code(source.model)}```',
         "Input": _table(_input(source, target)),
         "Architecture": _table(_architecture(source)),
         "Training": _table(_training(source)),
         "Verification": _verified(target, proof),
-        "Versions": _table(versions()),
+        "Versions": _table(_versions(target)),
     }
     head = f"---\nlibrary_name: {target.library}\ntags: [polyview]\n---\n\n# {source.run}\n\n"
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
@@ -69,7 +64,7 @@ def _input(source: Source, target: Target) -> dict[str, Any]:
     }
     if resize != model.image_size and not target.resizes:
         rows["note"] = f"the code above resizes to {model.image_size}: {target.library} cannot be told of {resize}"
-    if model.text and target.text_code:
+    if model.text and not target.backbone:
         kind = model.text.tokenizer.name if model.text.tokenizer else "CLIP's byte pairs, lower case"
         rows["texts"] = f"{model.text.context} tokens, longer ones cut; tokenizer {kind}"
     return rows
@@ -112,6 +107,19 @@ def _data(recipe: Mapping[str, Any]) -> list[str]:
     shards = [s["shards"] for s in recipe.get("data", {}).get("sources", [])]
     paths = [Path(p) for s in shards for p in ([s] if isinstance(s, str) else s)]
     return list(dict.fromkeys(p.parent.name if p.suffix == ".tar" else p.name for p in paths))
+
+
+def _versions(target: Target) -> dict[str, str]:
+    """Those that wrote the export, and those that read it."""
+    found = {package: _version(package) for package in target.packages}
+    return {name: v for name, v in (versions() | found).items() if name in ("python", "polyview", "torch", *found)}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _verified(target: Target, proof: Proof | None) -> str:

@@ -23,12 +23,16 @@ from pretrain.durable import fsync_folder
 from pretrain.encoder import IMAGE
 from pretrain.errors import UserError
 from pretrain.models.request import FeatureRequest
-from pretrain.weights.card import Proof, card, code
+from pretrain.weights.card import Proof, card
 from pretrain.weights.source import Source
 from pretrain.weights.targets import TARGETS, Target
 
 COSINE = 0.9999
 """Least cosine of a row embedded by both; sums in another order cost less than 1e-6."""
+SPREAD = 0.05
+"""Most that rows may differ by, of the mean distance of ours from their centre: where all lie close together, as before
+training, the cosine alone would let anything pass. Less than ROUNDING is no difference."""
+ROUNDING = 1e-5
 MOST = 64
 """Pictures of one's own that are embedded."""
 TEXTS = [
@@ -85,8 +89,8 @@ def prove(source: Source, target: Target, folder: Path, pictures: list[Image.Ima
         text = _least(source.encoder.encode_text(TEXTS), theirs["embed_texts"](TEXTS), target, "text")
     for name, value in source.temperature.items():
         found = getattr(theirs.get("model"), name, None)
-        if found is not None and abs(float(found) - value) > 1e-5:
-            raise UserError(f"{target.library} has a {name} of {float(found)}, the run {value}")
+        if found is not None and abs(found.item() - value) > 1e-5:
+            raise UserError(f"{target.library} has a {name} of {found.item()}, the run {value}")
     return Proof(len(pictures), image, len(TEXTS) if text is not None else 0, text)
 
 
@@ -137,7 +141,7 @@ def _consumer(source: Source, target: Target, folder: Path) -> dict[str, Any]:
     theirs: dict[str, Any] = {"folder": str(folder)}
     try:
         with _quiet():
-            exec(code(source, target), theirs)
+            exec(target.code(source.model), theirs)
     except ModuleNotFoundError:
         raise
     except Exception as error:  # whatever the consumer's classes refuse with
@@ -151,10 +155,13 @@ def _least(mine: np.ndarray, found: np.ndarray, target: Target, what: str) -> fl
     if found.shape != mine.shape:
         raise UserError(f"{target.library} gives {what} features of shape {found.shape}, the run {mine.shape}")
     least = float((mine.astype(np.float64) * found).sum(1).min())
-    if not least > COSINE:  # NaN neither
+    apart = float(np.linalg.norm(mine - found, axis=1).max())
+    spread = float(np.linalg.norm(mine - mine.mean(0), axis=1).mean())
+    if not (least > COSINE and apart < max(SPREAD * spread, ROUNDING)):  # NaN neither
         raise UserError(
-            f"{target.library} sees other {what}s than the run: least cosine {least:.6f}, {COSINE} is needed; nothing "
-            "was exported"
+            f"{target.library} sees other {what}s than the run: least cosine {least:.6f}, {apart:.2g} apart where ours "
+            f"are spread by {spread:.2g}; a cosine above {COSINE} is needed, and {SPREAD} of the spread. Nothing was "
+            "exported"
         )
     return least
 
@@ -178,6 +185,7 @@ def _whole(out: Path) -> Iterator[Path]:
     try:
         yield partial
         for file in partial.iterdir():
+            file.chmod(0o644)  # safetensors writes for its owner alone
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
         fsync_folder(partial)

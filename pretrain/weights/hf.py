@@ -6,6 +6,7 @@ table of names does the rest in both directions.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -142,6 +143,15 @@ def activations(trunk: Trunk) -> dict[str, str]:
     if trunk.text is not None:
         found["text_config"] = trunk.text.blocks[0].act
     return {tower: _activation(act) for tower, act in found.items()}
+
+
+def told_activations(folder: Path) -> dict[str, str]:
+    """What a model folder's config.json says of both towers, as `activations` has it; nothing where it is of others."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) if file.is_file() else {}
+    usual = {"clip": "quick_gelu", "siglip": "gelu_pytorch_tanh"}.get(config.get("model_type", ""))  # where not said
+    towers = ("vision_config", "text_config")
+    return {t: config.get(t, {}).get("hidden_act", usual) for t in towers} if usual else {}
 
 
 def _activation(act: nn.Module) -> str:

@@ -8,7 +8,7 @@ another shape is never passed over in silence: then nothing is copied at all.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,10 +25,12 @@ from pretrain.weights.files import IN_A_FOLDER, read_weights
 from pretrain.weights.naming import Names, Rule, differences
 from pretrain.weights.positions import fitted
 from pretrain.weights.timm import backbone_names
+from pretrain.weights.torchscript import is_torchscript
 
 log = logging.getLogger(__name__)
 
 TEMPERATURE = ("logit_scale", "logit_bias")
+TOWERS = {"image.backbone.": "model.image", "text.": "model.text"}
 
 
 @dataclass
@@ -46,6 +48,8 @@ class Report:
     """The file's names that there is no place for here."""
     temperature: list[str] = field(default_factory=list)
     """The objectives' parameters that took the file's."""
+    warnings: list[str] = field(default_factory=list)
+    """What looks like a mistake, and what to do about it."""
 
     def __str__(self) -> str:
         rows = [
@@ -73,7 +77,21 @@ def load_init(trunk: Trunk, joint: Joint, init: InitRecipe) -> Report:
             if (value := temperature.get(name.rsplit(".", 1)[-1])) is not None:
                 parameter.copy_(value.reshape(parameter.shape))
                 report.temperature.append(name)
+    report.warnings += _other_activations(trunk, init.weights)
     return report
+
+
+def _other_activations(trunk: Trunk, weights: Path) -> list[str]:
+    """Where the weights say what they were trained with, and the recipe says otherwise; most files do not say it."""
+    wanted = hf.told_activations(weights) if weights.is_dir() else {}
+    if weights.is_file() and is_torchscript(weights):  # nobody but OpenAI published such
+        wanted = {"vision_config": "quick_gelu", "text_config": "quick_gelu"}
+    keys = {"vision_config": "model.activation", "text_config": "model.text.activation"}
+    return [
+        f"{weights} was trained with {wanted[tower]}, the recipe's tower has {act}: set {keys[tower]}"
+        for tower, act in hf.activations(trunk).items()
+        if wanted.get(tower, act) != act
+    ]
 
 
 def _read(trunk: Trunk, init: InitRecipe) -> tuple[Mapping[str, Tensor], Names]:
@@ -126,12 +144,15 @@ def fit(trunk: Trunk, foreign: Mapping[str, Tensor], names: Names, where: str) -
     for name, tensor in found.items():
         own[name].copy_(tensor)
     used = {names[ours][0] for ours in found}
+    missing = [n for n in own if n not in found and not n.endswith("num_batches_tracked")]
+    part = [n for n in missing if any(n.startswith(tower) and _any(found, tower) for tower in TOWERS)]
     return Report(
         where,
         loaded=list(found),
         resized={n: f"{t.shape[-2]} to {found[n].shape[-2]}" for n, t in theirs.items() if t.shape != found[n].shape},
-        missing=[n for n in own if n not in found and not n.endswith("num_batches_tracked")],
+        missing=missing,
         unused=[n for n in foreign if n not in used and n.rsplit(".", 1)[-1] not in TEMPERATURE],
+        warnings=[f"{where} fills a tower in part: {len(part)} tensors of it start afresh"] if part else [],
     )
 
 
@@ -143,7 +164,7 @@ def _refuse_another_model(
     for tower, key in TOWERS.items():
         heads = {name.split(".")[0] for name in known[tower]}
         brought = tower.startswith("image") or any(name.split(".")[0] in heads for name in foreign)
-        if brought and not any(name.startswith(tower) for name in theirs):
+        if brought and not _any(theirs, tower):
             there = ", ".join(list(foreign)[:3])
             raise UserError(
                 f"{where} has nothing for {key} as the recipe says: it holds {there}, …, and wanted are "
@@ -151,7 +172,8 @@ def _refuse_another_model(
             )
 
 
-TOWERS = {"image.backbone.": "model.image", "text.": "model.text"}
+def _any(names: Iterable[str], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in names)
 
 
 def _shown(names: list[str], most: int = 6) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,9 @@ def load_trunk(trunk: Trunk, checkpoint: Checkpoint, of: Which = "model") -> Non
             tensor.copy_(checkpoint.read(stored[name]))
 
 
-def save_export(tensors: dict[str, Tensor], model: ModelRecipe, folder: Path, **facts: Any) -> None:
+def save_export(tensors: Mapping[str, Tensor], model: ModelRecipe, folder: Path, **facts: Any) -> None:
     """Write `folder/model.safetensors`: tensors of a trunk, its recipe, and `facts` (JSON) for whoever looks."""
-    said = {"model": model.model_dump(mode="json"), **facts}
+    said = {"model": _beside(model, Path()).model_dump(mode="json"), **facts}
     save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, folder / FILE, {HEADER: json.dumps(said)})
 
 
@@ -68,10 +69,15 @@ def open_export(folder: str | Path) -> tuple[Trunk, ModelRecipe]:
         raise UserError(
             f"{file} does not say which model it holds; `polyview export --to safetensors` writes one that does"
         )
-    model = ModelRecipe.model_validate(json.loads(said)["model"])
-    if model.text and model.text.tokenizer:  # lies beside the weights
-        text = model.text.model_copy(update={"tokenizer": Path(folder) / model.text.tokenizer.name})
-        model = model.model_copy(update={"text": text})
+    model = _beside(ModelRecipe.model_validate(json.loads(said)["model"]), Path(folder))
     trunk = build_trunk(model, seed=0)
     load(trunk, load_file(file), {n: (n, Rule(n, n)) for n in trunk.state_dict()}, str(file))
     return trunk, model
+
+
+def _beside(model: ModelRecipe, folder: Path) -> ModelRecipe:
+    """`model`, its tokenizer's file, where it has one, lying in `folder`."""
+    if model.text is None or model.text.tokenizer is None:
+        return model
+    text = model.text.model_copy(update={"tokenizer": folder / model.text.tokenizer.name})
+    return model.model_copy(update={"text": text})

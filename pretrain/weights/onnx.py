@@ -6,7 +6,7 @@ text tower packs its captions, which makes shapes out of data; here the same blo
 
 from __future__ import annotations
 
-import logging
+import copy
 from pathlib import Path
 
 import torch
@@ -80,11 +80,10 @@ def write_onnx(trunk: Trunk, image_size: int, folder: Path) -> None:
 
 
 def _write(graph: nn.Module, example: Tensor, name: str, path: Path) -> None:
-    device = next(graph.parameters()).device
     try:
         torch.onnx.export(
-            graph.eval(),
-            (example.to(device),),
+            copy.deepcopy(graph).cpu().eval(),
+            (example,),
             path,
             input_names=[name],
             output_names=["features"],  # not "embedding": torch names a node so

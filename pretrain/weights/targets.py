@@ -1,27 +1,20 @@
-"""Where exports go: what each consumer's folder holds, and the code that embeds with it.
-
-The code of a target is text, since it has two readers: it is printed in the model card, and it is run to verify the
-export. It finds the export in `folder` and defines `embed_images` (of PIL images) and `embed_texts`, each giving unit
-rows as numpy has them.
-"""
+"""Where exports go: what each consumer's folder holds, and the code that embeds with it."""
 
 from __future__ import annotations
 
 import json
-import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 from safetensors.torch import save_file
 
 from pretrain.errors import UserError
 from pretrain.models.image import timm_kwargs
 from pretrain.models.text import QuickGELU
-from pretrain.recipe import TextRecipe
+from pretrain.recipe import ModelRecipe, TextRecipe
+from pretrain.weights import snippets
 from pretrain.weights.hf import to_hf
 from pretrain.weights.native import FILE, save_export
 from pretrain.weights.onnx import write_onnx
@@ -43,12 +36,16 @@ class Target:
     """One sentence on what is in the folder."""
     write: Callable[[Source, Path], None]
     """Everything but the card, into an empty folder; UserError for what the consumer cannot hold."""
-    image_code: Callable[[Source], str]
-    text_code: Callable[[Source], str] | None
+    pieces: Callable[[ModelRecipe], list[str]]
+    """Its code."""
     resizes: bool = True
     """Its own preprocessing knows `model.eval_resize`."""
     backbone: bool = False
     """Only the image backbone goes: the features are those before the projection."""
+
+    def code(self, model: ModelRecipe) -> str:
+        """What embeds with an export of `model` in `folder`; see `pretrain.weights.snippets`."""
+        return snippets.whole(self.pieces(model), model)
 
 
 def _json(path: Path, value: Any) -> None:
@@ -66,6 +63,8 @@ def _write_open_clip(source: Source, folder: Path) -> None:
         model_cfg["init_logit_bias"] = bias
         tensors["logit_bias"] = tensors["logit_scale"].new_tensor(bias)
     save_file(tensors, folder / "open_clip_model.safetensors")
+    if source.model.text and source.model.text.tokenizer:  # CLIP's own is in open_clip
+        write_tokenizer(source.model, folder)
     preprocess = {
         "mean": source.model.mean,
         "std": source.model.std,
@@ -81,11 +80,9 @@ def open_clip_config(source: Source) -> dict[str, Any]:
     Raises:
         UserError: an option that open_clip's classes have not.
     """
-    model, text = source.model, source.model.text or TextRecipe()
+    text = source.model.text or TextRecipe()
     if text.pool == "max":
         raise UserError("open_clip's text tower knows no model.text.pool: max")
-    if text.tokenizer:
-        raise UserError(f"open_clip reads its tokenizer from the Hugging Face Hub, not from {text.tokenizer.name}")
     vision, quick = _vision(source)
     assert source.trunk.text is not None
     act = source.trunk.text.blocks[0].act
@@ -110,8 +107,8 @@ def _vision(source: Source) -> tuple[dict[str, Any], bool | None]:
     if "_clip" in model.image and model.image.startswith("vit_"):
         block = backbone.blocks[0]
         return size | {
-            "layers": len(backbone.blocks), "width": backbone.embed_dim, "patch_size": backbone.patch_embed.patch_size[0],
-            "head_width": backbone.embed_dim // block.attn.num_heads,
+            "layers": len(backbone.blocks), "width": backbone.embed_dim,
+            "patch_size": backbone.patch_embed.patch_size[0], "head_width": backbone.embed_dim // block.attn.num_heads,
             "mlp_ratio": block.mlp.fc1.out_features / backbone.embed_dim, "norm_kwargs": {"eps": block.norm1.eps},
         }, "quick" in type(block.mlp.act).__name__.lower()  # fmt: skip
     if tower.projector is not None and tower.projection is None:  # CLIP's ResNets
@@ -126,32 +123,6 @@ def _vision(source: Source) -> tuple[dict[str, Any], bool | None]:
         )
     proj = "none" if tower.projection is None else "linear"
     return size | {"timm_model_name": model.image, "timm_pool": "", "timm_proj": proj}, None
-
-
-def _open_clip_images(source: Source) -> str:
-    return """\
-import open_clip
-import torch
-
-model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-model.eval()
-
-
-@torch.inference_mode()
-def embed_images(images):
-    return model.encode_image(torch.stack([preprocess(image) for image in images]), normalize=True).numpy()
-"""
-
-
-def _open_clip_texts(source: Source) -> str:
-    return """\
-tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-
-
-@torch.inference_mode()
-def embed_texts(texts):
-    return model.encode_text(tokenizer(texts), normalize=True).numpy()
-"""
 
 
 # ---- timm
@@ -176,22 +147,6 @@ def _write_timm(source: Source, folder: Path) -> None:
     _json(folder / "config.json", config)
 
 
-def _timm_images(source: Source) -> str:
-    return """\
-import timm
-import torch
-
-model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-preprocess = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-
-
-@torch.inference_mode()
-def embed_images(images):
-    features = model(torch.stack([preprocess(image.convert("RGB")) for image in images]))
-    return torch.nn.functional.normalize(features, dim=-1).numpy()
-"""
-
-
 # ---- transformers
 
 
@@ -212,36 +167,6 @@ def _write_hf(source: Source, folder: Path) -> None:
     write_tokenizer(source.model, folder)
 
 
-def _hf_images(source: Source) -> str:
-    return """\
-import torch
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
-
-model = AutoModel.from_pretrained(folder).eval()
-processor = AutoImageProcessor.from_pretrained(folder)
-
-
-@torch.inference_mode()
-def embed_images(images):
-    found = model.get_image_features(**processor(images, return_tensors="pt"))
-    return torch.nn.functional.normalize(getattr(found, "pooler_output", found), dim=-1).numpy()
-"""
-
-
-def _hf_texts(source: Source) -> str:
-    context = source.model.text.context if source.model.text else 0
-    return f"""\
-tokenizer = AutoTokenizer.from_pretrained(folder)
-
-
-@torch.inference_mode()
-def embed_texts(texts):
-    tokens = tokenizer(texts, padding="max_length", max_length={context}, truncation=True, return_tensors="pt")
-    found = model.get_text_features(input_ids=tokens["input_ids"])
-    return torch.nn.functional.normalize(getattr(found, "pooler_output", found), dim=-1).numpy()
-"""
-
-
 # ---- ONNX
 
 
@@ -250,76 +175,35 @@ def _write_onnx(source: Source, folder: Path) -> None:
     write_tokenizer(source.model, folder)
 
 
-def _onnx_images(source: Source) -> str:
-    size = source.model.image_size
-    return f"""\
-import numpy as np
-import onnxruntime
-from PIL import Image, ImageOps
-
-images_in = onnxruntime.InferenceSession(f"{{folder}}/image.onnx")
-
-
-def embed_images(images):
-    cropped = [ImageOps.fit(image.convert("RGB"), ({size}, {size}), Image.Resampling.BICUBIC) for image in images]
-    pixels = np.stack([np.asarray(image).transpose(2, 0, 1) for image in cropped])  # uint8 (B, 3, {size}, {size})
-    return images_in.run(None, {{"pixels": pixels}})[0]
-"""
-
-
-def _onnx_texts(source: Source) -> str:
-    return """\
-from tokenizers import Tokenizer
-
-tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")  # pads and cuts to the context
-texts_in = onnxruntime.InferenceSession(f"{folder}/text.onnx")
-
-
-def embed_texts(texts):
-    tokens = np.array([found.ids for found in tokenizer.encode_batch(texts)], dtype=np.int64)
-    return texts_in.run(None, {"tokens": tokens})[0]
-"""
-
-
 # ---- polyview itself
 
 
 def _write_own(source: Source, folder: Path) -> None:
-    model = source.model
-    if model.text and model.text.tokenizer:
-        shutil.copy(model.text.tokenizer, folder)
-    tensors = dict(source.trunk.state_dict())
-    save_export(tensors, model, folder, fingerprint=source.encoder.fingerprint, run=source.run, **source.temperature)
-
-
-def _own_images(source: Source) -> str:
-    return """\
-import polyview
-
-encoder = polyview.load(folder)
-embed_images = encoder.encode_image
-"""
+    if source.model.text and source.model.text.tokenizer:
+        write_tokenizer(source.model, folder)
+    facts = {"fingerprint": source.encoder.fingerprint, "run": source.run, **source.temperature}
+    save_export(source.trunk.state_dict(), source.model, folder, **facts)
 
 
 TARGETS = {
     "open_clip": Target(
         "open_clip", ("open_clip_torch",), "Both towers and the temperature, as open_clip's CLIP class has them.",
-        _write_open_clip, _open_clip_images, _open_clip_texts, resizes=False,
+        _write_open_clip, snippets.open_clip, resizes=False,
     ),
     "timm": Target(
         "timm", ("timm",), "The image backbone alone, before any projection: timm has no text towers.",
-        _write_timm, _timm_images, None, backbone=True,
+        _write_timm, snippets.timm, backbone=True,
     ),
     "hf": Target(
         "transformers", ("transformers",), "Both towers and the temperature, as transformers has them.",
-        _write_hf, _hf_images, _hf_texts,
+        _write_hf, snippets.hf,
     ),
     "safetensors": Target(
         "polyview", ("polyview",), "The weights under polyview's own names, with the recipe's model section.",
-        _write_own, _own_images, lambda source: "embed_texts = encoder.encode_text\n",
+        _write_own, snippets.own,
     ),
     "onnx": Target(
         "onnx", ("onnxruntime", "tokenizers"), "The towers as graphs: uint8 pixels or token ids in, unit rows out.",
-        _write_onnx, _onnx_images, _onnx_texts, resizes=False,
+        _write_onnx, snippets.onnx, resizes=False,
     ),
 }  # fmt: skip

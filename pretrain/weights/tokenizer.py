@@ -1,11 +1,12 @@
 """CLIP's tokenizer as a `tokenizer.json`, which Hugging Face's `tokenizers` and transformers read.
 
-Token for token ours, but that HTML entities and mojibake are left as they are (transformers' CLIPTokenizer does so too).
+Token for token ours, but that HTML entities and mojibake are left as they are, as transformers' CLIPTokenizer does.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from pretrain.errors import UserError
@@ -17,15 +18,17 @@ FIRST, LAST = "<|startoftext|>", "<|endoftext|>"
 
 
 def write_tokenizer(model: ModelRecipe, folder: Path) -> None:
-    """`tokenizer.json`, which pads and cuts to the context, and `tokenizer_config.json`; nothing without a text tower.
+    """`tokenizer.json`, which pads and cuts to the context, and `tokenizer_config.json`; a copy of the recipe's own
+    tokenizer, where it has one; nothing without a text tower.
 
     Raises:
-        UserError: the package tokenizers is not installed, or the recipe has a tokenizer of its own.
+        UserError: the package tokenizers is not installed.
     """
     if model.text is None:
         return
     if model.text.tokenizer:
-        raise UserError(f"this form of export knows CLIP's tokenizer alone, not {model.text.tokenizer.name}")
+        shutil.copy(model.text.tokenizer, folder)
+        return
     try:
         from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
     except ImportError as missing:

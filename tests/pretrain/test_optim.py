@@ -6,13 +6,17 @@ import copy
 
 import numpy as np
 import pytest
+import timm
 import torch
+from timm.models import group_parameters
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from pretrain.backends.state import load_optimizer, optimizer_tensors
 from pretrain.checkpoint import CheckpointWriter, open_checkpoint, slice_for_rank, step_dir
+from pretrain.errors import UserError
 from pretrain.models.trunk import build_trunk
-from pretrain.optim.build import build_optimizer, set_rates
+from pretrain.optim.build import build_optimizer, layer_scales, set_rates
 from pretrain.optim.schedule import Rates, lr_at, rates_at, weight_decay_at
 from pretrain.recipe import OptimizerRecipe, ScheduleRecipe, parse_recipe
 from tests.tiny import VIT, recipe_data
@@ -204,3 +208,62 @@ def test_a_checkpoint_carries_the_optimizer(recipe: OptimizerRecipe, steps: int,
     _run(resumed, fresh, steps, 6)
     for name, p in parameters.items():
         assert torch.equal(p, resumed[name]), name
+
+
+def _shares(image: str, **model) -> dict[str, float]:
+    """Share of the learning rate of every parameter of a trunk, by name, as the optimizer was built."""
+    section = VIT | {"image": image, "image_kwargs": {}, "image_size": 224} | model
+    trunk = build_trunk(parse_recipe(recipe_data("s", "r", model=section), "test").model, seed=0)
+    optimizer = build_optimizer(dict(trunk.named_parameters()), OptimizerRecipe(layer_decay=0.75))
+    set_rates(optimizer, Rates(lr=0.5, weight_decay=0.0))
+    rates = {p: group["lr"] / 0.5 for group in optimizer.param_groups for p in group["params"]}
+    return {name: rates[p] for name, p in trunk.named_parameters()}
+
+
+def test_layer_decay_of_a_vit_is_timms():
+    kwargs = {"embed_dim": 32, "depth": 5, "num_heads": 2}
+    found = _shares("vit_tiny_patch16_224", image_kwargs=kwargs)
+    peer = timm.create_model("vit_tiny_patch16_224", num_classes=0, **kwargs)
+    groups = param_groups_layer_decay(peer, layer_decay=0.75)
+    theirs = {p: group["lr_scale"] for group in groups for p in group["params"]}
+    for name, p in peer.named_parameters():
+        assert found[f"image.backbone.{name}"] == pytest.approx(theirs[p]), name
+    assert found["image.projection.weight"] == 1
+
+
+def test_layer_decay_of_resnets_goes_by_stages_as_timms_coarse_groups():
+    found = _shares("resnet18")
+    peer = timm.create_model("resnet18", num_classes=0)
+    stages = group_parameters(peer, peer.group_matcher(coarse=True), reverse=True)
+    for name, _ in peer.named_parameters():
+        assert found[f"image.backbone.{name}"] == pytest.approx(0.75 ** (4 - stages[name])), name
+    clip = _shares("resnet50_clip")
+    assert clip["image.backbone.stem.conv1.conv.weight"] == pytest.approx(0.75**4)
+    assert clip["image.backbone.stages.0.0.conv1_1x1.conv.weight"] == pytest.approx(0.75**3)
+    assert clip["image.backbone.stages.3.2.conv3_1x1.bn.weight"] == clip["image.backbone.head.pos_embed"] == 1
+
+
+def test_layer_decay_reaches_the_text_tower_and_no_objective():
+    found = _shares("vit_tiny_patch16_224", image_kwargs={"depth": 1}, text={"width": 16, "layers": 3, "heads": 2})
+    wanted = {
+        "token_embedding.weight": 3,
+        "positional_embedding": 3,
+        "blocks.0.norm1.bias": 2,
+        "blocks.1.fc1.weight": 1,
+    }
+    wanted |= {"blocks.2.qkv.weight": 0, "norm.weight": 0, "projection.weight": 0}
+    for name, above in wanted.items():
+        assert found[f"text.{name}"] == pytest.approx(0.75**above), name
+    objective = {
+        "clip.logit_scale": nn.Parameter(torch.zeros(1)),
+        "dino.head.layers.0.weight": nn.Parameter(torch.eye(2)),
+    }
+    groups = build_optimizer(objective, OptimizerRecipe(layer_decay=0.5)).param_groups
+    assert {group["lr_scale"] for group in groups} == {1.0}
+
+
+def test_layer_decay_without_layers_is_refused():
+    names = ["image.backbone.conv.weight", "image.backbone.fc.weight"]
+    assert set(layer_scales(names, 1.0).values()) == {1.0}
+    with pytest.raises(UserError, match="no blocks or stages"):
+        layer_scales(names, 0.9)

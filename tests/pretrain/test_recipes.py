@@ -17,6 +17,7 @@ from pretrain.optim.schedule import rates_at
 from pretrain.recipe import Recipe, load_recipe, shipped_recipes
 
 IMAGENET, CIFAR = 1_281_167, 50_000
+YFCC, LAION = 14_829_396, 407_332_084
 
 PUBLISHED = {
     # name: (backbone's parameters, how near we must be, epochs, images, global batch)
@@ -37,6 +38,35 @@ PUBLISHED = {
 }
 
 
+PAIRS = {
+    # name: (open_clip's architecture or None, parameters of trunk and temperature, weight decay, global batch,
+    #        pairs an epoch, steps)
+    "clip-r50-cc3m": ("RN50", 102_007_137, 0.1, 1024, 2_806_772, 82_230),
+    "clip-r50-cc12m": ("RN50", 102_007_137, 0.1, 1024, 10_062_127, 314_442),
+    "clip-r50-yfcc15m": ("RN50", 102_007_137, 0.1, 1024, YFCC, 463_419),
+    "clip-r50-yfcc15m-openai": ("RN50", 102_007_137, 0.2, 32768, YFCC, 14_482),
+    "clip-vit-s16-yfcc15m-slip": (None, 85_290_369, 0.5, 4096, YFCC, 90_512),
+    "clip-vit-b16-yfcc15m-slip": (None, 149_619_201, 0.5, 4096, YFCC, 90_512),
+    "clip-vit-b32-laion400m": ("ViT-B-32", 151_277_313, 0.2, 32768, LAION, 397_792),
+    "clip-vit-b16-laion400m": ("ViT-B-16", 149_620_737, 0.2, 33792, LAION, 385_760),
+    "clip-vit-l14-laion400m": ("ViT-L-14", 427_616_513, 0.2, 38400, LAION, 339_456),
+    "clip-vit-b32-laion2b": ("ViT-B-32", 151_277_313, 0.2, 79104, LAION, 439_040),
+    "clip-vit-l14-laion2b": ("ViT-L-14", 427_616_513, 0.2, 86016, LAION, 372_160),
+    "clip-vit-h14-laion2b": ("ViT-H-14", 986_109_441, 0.2, 79104, LAION, 439_040),
+    "clip-vit-g14-laion2b": ("ViT-g-14", 1_366_678_273, 0.2, 64000, LAION, 190_800),
+    "clip-vit-bigg14-laion2b": ("ViT-bigG-14", 2_539_567_105, 0.2, 160000, LAION, 244_224),
+    "clip-vit-b16-datacomp1b": ("ViT-B-16", 149_620_737, 0.2, 90112, LAION, 142_046),
+    "clip-vit-l14-datacomp1b": ("ViT-L-14", 427_616_513, 0.2, 90112, LAION, 142_046),
+    "clip-convnext-tiny-cc12m": ("convnext_tiny", 92_296_801, 0.2, 1280, 10_062_127, 251_554),
+    "siglip-convnext-tiny-cc12m": ("convnext_tiny", 92_296_802, 0.2, 1280, 10_062_127, 251_554),
+    # with the region branch, and in ViTs the neighbours' convolutions: no peer builds the same
+    "pyramidclip-r50-yfcc15m": (None, None, 0.2, 4096, YFCC, 115_855),
+    "pyramidclip-vit-b32-yfcc15m": (None, None, 0.2, 4096, YFCC, 115_855),
+    "pyramidclip-vit-b16-yfcc15m": (None, None, 0.2, 4096, YFCC, 115_855),
+}
+"""Recipes on images and texts. Those on LAION and DataComp count steps, whatever an epoch has."""
+
+
 @cache
 def trunk(name: str) -> Trunk:
     """Without memory: w5 has 586 M parameters."""
@@ -55,7 +85,8 @@ def epoch(name: str) -> int:
 
 
 def test_every_published_recipe_is_shipped_and_compared():
-    assert set(shipped_recipes()) - {"demo", "images", "photographs"} == set(PUBLISHED)
+    own = {"demo", "images", "photographs", "learning"}
+    assert set(shipped_recipes()) - own == set(PUBLISHED) | set(PAIRS)
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -85,12 +116,65 @@ def test_the_steps_are_the_stated_epochs(name: str):
     assert [int(n.replace(",", "")) for n in stated.groups()] == [epochs, epoch(name), images]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [*PUBLISHED, *PAIRS])
 def test_the_header_tells_what_a_reader_needs(name: str):
     header = text(name).split("\nname:")[0]
     assert f"accelerate launch -m pretrain {name} " in header
     for said in ("Source:", "Needs:", "Expected:", "Steps:", "unconfirmed:"):
         assert f"\n# {said}" in header, said
+
+
+def own_parameters(name: str) -> int:
+    """Of the objectives: a temperature, and SigLIP's bias."""
+    recipe = load_recipe(name)
+    facts = RunFacts(trunk(name).pooled_dim, recipe.global_batch, 1000, YFCC, seed=0, regions=recipe.model.regions)
+    return sum(p.numel() for o in build(recipe.objectives, facts).values() for p in o.parameters())
+
+
+@cache
+def peer(architecture: str) -> int:
+    """Parameters of open_clip's own class, without memory."""
+    import open_clip
+
+    config = open_clip.get_model_config(architecture)
+    config.pop("custom_text", None)
+    with torch.device("meta"):
+        return sum(p.numel() for p in open_clip.CLIP(**config).parameters())
+
+
+@pytest.mark.parametrize("name", [n for n, (_, size, *_) in PAIRS.items() if size])
+def test_the_towers_have_the_published_size(name: str):
+    architecture, size, *_ = PAIRS[name]
+    assert sum(p.numel() for p in trunk(name).parameters()) + own_parameters(name) == size
+    if architecture:
+        assert peer(architecture) == size - own_parameters(name) + 1  # open_clip's temperature
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_steps_of_pairs_are_the_stated_ones(name: str):
+    *_, decay, batch, pairs, steps = PAIRS[name]
+    recipe = load_recipe(name)
+    assert (recipe.global_batch, recipe.optimizer.weight_decay) == (batch, decay)
+    assert recipe.total_steps(pairs) == steps
+    assert rates(recipe, recipe.schedule.warmup_steps)[0] == pytest.approx(recipe.optimizer.lr)
+    assert rates(recipe, 0)[0] <= recipe.optimizer.lr / 500
+    stated = re.search(r"^# Steps: (\d+) epochs of (\d+), ([\d,]+) pairs each", text(name), re.M)
+    if stated is not None:
+        epochs, each, drawn = (int(n.replace(",", "")) for n in stated.groups())
+        assert steps == epochs * each
+        assert each == -(-drawn // batch)
+    elif recipe.steps is None:
+        assert f"{pairs:,}" in text(name)
+        assert f"{steps:,} steps" in text(name)
+
+
+def test_b16_plus_is_the_same_recipe_with_what_its_header_says():
+    changes = re.findall(r"(?:model|global_batch|steps)[\w.]*=[\w.]+", text("clip-vit-b16-laion400m").split("name:")[0])
+    recipe = load_recipe("clip-vit-b16-laion400m", [change.rstrip(".") for change in changes])
+    with torch.device("meta"):
+        built = sum(p.numel() for p in Trunk(recipe.model).parameters()) + 1
+    assert built == peer("ViT-B-16-plus-240")
+    assert recipe.steps == 32 * -(-LAION // recipe.global_batch)
 
 
 def rates(recipe: Recipe, step: int) -> tuple[float, float]:
@@ -136,6 +220,7 @@ def test_the_objectives_build(name: str):
             total_steps=recipe.total_steps(IMAGENET),
             samples=IMAGENET,
             seed=recipe.seed,
+            regions=recipe.model.regions,
         )
         built = build(recipe.objectives, facts)
     views = [view for objective in built.values() for view in objective.image_views(recipe.model.image_size)]

@@ -88,7 +88,7 @@ def test_a_saved_folder_gives_their_features_and_temperature(kind: str, tmp_path
     trunk, joint = build_trunk(RECIPES[kind], seed=0).eval(), Joint(build({kind: {}}, FACTS))
     report = load_init(trunk, joint, InitRecipe(weights=tmp_path))
     assert_near(features(trunk, kind), features(peer, kind))
-    assert (report.missing, report.unused, report.resized) == ([], [], {})
+    assert (report.missing, report.unused, report.resized, report.warnings) == ([], [], {}, [])
     assert len(report.loaded) == len(trunk.state_dict())
     for name, parameter in joint.by_name[kind].named_parameters():
         assert parameter.item() == pytest.approx(getattr(peer, name).item())
@@ -123,6 +123,14 @@ def test_the_vision_model_alone_leaves_the_text_tower_fresh(tmp_path: Path) -> N
     assert changed == set(report.loaded) == {n for n in fresh if n.startswith("image.backbone.")}
     assert set(report.missing) == set(fresh) - changed
     assert report.temperature == []
+
+
+def test_another_activation_than_the_folder_says_is_warned_of(tmp_path: Path) -> None:
+    theirs("clip").save_pretrained(tmp_path)
+    plain = CLIP.model_copy(update={"activation": "gelu"})
+    report = load_init(build_trunk(plain, seed=0), Joint(build({"clip": {}}, FACTS)), InitRecipe(weights=tmp_path))
+    assert len(report.warnings) == 2
+    assert "was trained with quick_gelu, the recipe's tower has gelu: set model.activation" in report.warnings[0]
 
 
 def test_texts_of_another_context_are_cut_or_refused(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def clip_loss(
     Raises ValueError on shapes that do not fit, a negative weight, or smoothing outside [0, 1). Double
     backward is not supported, the gradient is a closed form: create_graph raises RuntimeError.
     """
-    _check(image, text, logit_scale, ids, weight, smoothing)
+    check_pairs(image, text, logit_scale, ids, weight, smoothing)
     setting = Setting([Term(0, 0)], smoothing, False, tile_of(tile, image), group)
     return ContrastiveLoss.apply(setting, 1, logit_scale, ids, _column(weight), image, text)[0]
 
@@ -73,7 +73,7 @@ def captions_loss(
     All else is as for `clip_loss`.
     """
     for k, text in enumerate(texts):
-        _check(image, text, logit_scale, ids, None if weight is None else weight[:, k], smoothing)
+        check_pairs(image, text, logit_scale, ids, None if weight is None else weight[:, k], smoothing)
     terms = [Term(0, k, 1 / len(texts)) for k in range(len(texts))]
     setting = Setting(terms, smoothing, False, tile_of(tile, image), group)
     return ContrastiveLoss.apply(setting, 1, logit_scale, ids, weight, image, *texts)[0]
@@ -95,7 +95,7 @@ def contrastive_grads(
 
     Value and gradients are, bit for bit, those of `clip_loss(...)` and its backward.
     """
-    _check(image, text, logit_scale, ids, weight, smoothing)
+    check_pairs(image, text, logit_scale, ids, weight, smoothing)
     setting = Setting([Term(0, 0)], smoothing, False, tile_of(tile, image), group)
     losses, rows, found = forward(setting, [image], [text], logit_scale, ids, _column(weight))
     (d_image,), (d_text,), d_scale = backward(setting, rows, found, logit_scale)
@@ -141,7 +141,7 @@ def tile_of(tile: int | None, x: Tensor) -> int:
     return tile
 
 
-def _check(image, text, logit_scale, ids, weight, smoothing) -> None:
+def check_pairs(image, text, logit_scale, ids, weight, smoothing) -> None:
     if image.dim() != 2 or image.shape != text.shape:
         raise ValueError(f"image and text must both be (B, D), not {tuple(image.shape)} and {tuple(text.shape)}")
     if logit_scale.numel() != 1:

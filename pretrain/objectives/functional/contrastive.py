@@ -130,7 +130,7 @@ def forward(
     weight: Tensor | None,
 ) -> tuple[Tensor, Rows, list[Found]]:
     """(terms,) their global mean losses, and what the gradient needs. `weight` is (B, terms), or None: all 1."""
-    rows = _gather(setting, images, texts, ids, weight)
+    rows = gather(images, texts, ids, weight, len(setting.terms), setting.group)
     terms = _pairs(rows, setting)
     scale = float(logit_scale.detach().double().exp())
     with torch.autocast(rows.weight.device.type, enabled=False):
@@ -169,15 +169,22 @@ def backward(
             _add(d_texts[term.text], d_text.mul_(factor), pairs.places)
         own_d_texts = _scatter_side_by_side(d_texts, rows.counts, setting.group)
     return (
-        [_spread(d.to(x.dtype), rows.kept) for d, x in zip(d_images, rows.images)],
-        [_spread(d.to(x.dtype), rows.kept) for d, x in zip(own_d_texts, rows.texts)],
+        [spread_rows(d.to(x.dtype), rows.kept) for d, x in zip(d_images, rows.images)],
+        [spread_rows(d.to(x.dtype), rows.kept) for d, x in zip(own_d_texts, rows.texts)],
         d_scale.to(logit_scale.dtype).view_as(logit_scale),
     )
 
 
-def _gather(setting, images, texts, ids, weight) -> Rows:
+def gather(
+    images: Sequence[Tensor],
+    texts: Sequence[Tensor],
+    ids: Tensor | None,
+    weight: Tensor | None,
+    terms: int,
+    group: Group,
+) -> Rows:
     """Leave out the rows that no term counts, then bring together what every rank must see of the others'."""
-    device, group = images[0].device, setting.group
+    device = images[0].device
     kept = None if weight is None else (weight.to(device) > 0).any(dim=1)
     if kept is not None:
         images, texts, weight = [x[kept] for x in images], [x[kept] for x in texts], weight.to(device)[kept]
@@ -185,7 +192,7 @@ def _gather(setting, images, texts, ids, weight) -> Rows:
     counts = row_counts(len(images[0]), device, group)
     dtype = _dtype(*images, *texts)
     if weight is None:
-        weights = torch.ones(sum(counts), len(setting.terms), dtype=dtype, device=device)
+        weights = torch.ones(sum(counts), terms, dtype=dtype, device=device)
     else:
         weights = all_gather_rows(weight.to(dtype), group, counts)
     alike = None if ids is None else _alike(all_gather_rows(ids.to(device), group, counts))
@@ -288,7 +295,7 @@ def _add(total: Tensor, part: Tensor, places: Tensor | None) -> None:
         total.index_add_(0, places, part)
 
 
-def _spread(gradient: Tensor, kept: Tensor | None) -> Tensor:
+def spread_rows(gradient: Tensor, kept: Tensor | None) -> Tensor:
     """(b, D) -> (B, D): rows that took no part get exactly 0."""
     if kept is None:
         return gradient

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pretrain.distributed.collectives import all_gather_rows, all_reduce_sum, reduce_scatter_rows, row_counts
+from pretrain.distributed.collectives import all_reduce_sum, reduce_scatter_rows
 from pretrain.distributed.groups import Group, resolve
-from pretrain.objectives.functional.clip import _check, tile_of
-from pretrain.objectives.functional.contrastive import _alike, _dtype, _spread
+from pretrain.objectives.functional.clip import check_pairs, tile_of
+from pretrain.objectives.functional.contrastive import Rows, gather, spread_rows
 from pretrain.objectives.functional.tiles import Scores, Tile
 
 EXACT = 40.0
@@ -50,7 +50,7 @@ def siglip_loss(
     Raises ValueError on shapes that do not fit, or a negative weight. Double backward is not supported: create_graph
     raises RuntimeError.
     """
-    _check(image, text, logit_scale, ids, weight, 0.0)
+    check_pairs(image, text, logit_scale, ids, weight, 0.0)
     if logit_bias.numel() != 1:
         raise ValueError(f"logit_bias must be one number, shape (1,), not {tuple(logit_bias.shape)}")
     # within a Function gradients are off: whether the caller wants any is known here alone
@@ -64,15 +64,16 @@ class SiglipLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, text, logit_scale, logit_bias, ids, weight, tile, group, graph):
         for_image, for_text, for_scale, for_bias = (graph and needed for needed in ctx.needs_input_grad[:4])
-        pairs = _gather(image, text, float(logit_scale.double().exp()), ids, weight, tile, group)
+        rows = gather([image], [text], ids, None if weight is None else weight[:, None], 1, group)
         with torch.autocast(image.device.type, enabled=False):
-            found = _pass(pairs, float(logit_bias), for_image or for_scale, for_text, for_bias)
-            total = pairs.weight.sum() if len(pairs.weight) else pairs.weight.new_ones(())
+            scores = _scores(rows, float(logit_scale.double().exp()), tile, group)
+            found = _pass(scores, rows.weight[:, 0], float(logit_bias), for_image or for_scale, for_text, for_bias)
+            total = rows.weight.sum() if len(rows.weight) else rows.weight.new_ones(())
             loss = all_reduce_sum(found.share, group) / total
-            gradients = _gradients(pairs, found, resolve(group)[2] / total, group)
+            gradients = _gradients(scores, found, total, rows.counts, group)
         likes = (image, text, logit_scale, logit_bias)
         needed = (for_image, for_text, for_scale, for_bias)
-        ctx.save_for_backward(*(_as(g, x, pairs.kept) if n else None for g, x, n in zip(gradients, likes, needed)))
+        ctx.save_for_backward(*(_as(g, x, rows.kept) if n else None for g, x, n in zip(gradients, likes, needed)))
         return loss
 
     @staticmethod
@@ -81,15 +82,6 @@ class SiglipLoss(torch.autograd.Function):
             raise RuntimeError("siglip_loss has no second derivative: call backward without create_graph")
         scaled = (None if d is None else d * grad.to(d.dtype) for d in ctx.saved_tensors)
         return *scaled, None, None, None, None, None
-
-
-class _Pairs(NamedTuple):
-    """The pairs that take part."""
-
-    scores: Scores  # this rank's images against the texts of all ranks
-    weight: Tensor  # (N,) > 0
-    counts: list[int]  # by rank
-    kept: Tensor | None  # (B,) bool: rows of the caller's batch that take part; None: all
 
 
 class _Found(NamedTuple):
@@ -101,34 +93,22 @@ class _Found(NamedTuple):
     bias: Tensor  # () ΣG
 
 
-def _gather(image, text, scale, ids, weight, tile, group) -> _Pairs:
-    """Leave out the pairs of weight 0, then bring together what every rank must see of the others'."""
-    device, dtype = image.device, _dtype(image, text)
-    kept = None if weight is None else weight.to(device) > 0
-    if kept is not None:
-        image, text, weight = image[kept], text[kept], weight.to(device)[kept]
-        ids = None if ids is None else ids.to(device)[kept]
-    counts = row_counts(len(image), device, group)
-    text = all_gather_rows(text, group, counts)
-    if weight is None:
-        weights = torch.ones(sum(counts), dtype=dtype, device=device)
-    else:
-        weights = all_gather_rows(weight.to(dtype), group, counts)
-    alike = None if ids is None else _alike(all_gather_rows(ids.to(device), group, counts))
-    offset = sum(counts[: resolve(group)[1]])
-    return _Pairs(Scores(image.to(dtype), text.to(dtype), scale, offset, tile, alike), weights, counts, kept)
+def _scores(rows: Rows, scale: float, tile: int, group: Group) -> Scores:
+    """This rank's images against the texts of all ranks."""
+    offset = sum(rows.counts[: resolve(group)[1]])
+    image, text = (side.to(rows.weight.dtype) for side in (rows.images[0], rows.texts[0]))
+    return Scores(image, text, scale, offset, tile, rows.alike)
 
 
-def _pass(pairs: _Pairs, bias: float, for_image: bool, for_text: bool, for_bias: bool) -> _Found:
+def _pass(scores: Scores, weights: Tensor, bias: float, for_image: bool, for_text: bool, for_bias: bool) -> _Found:
     """Every tile once: its share of the loss, and of the gradients that are wanted."""
-    scores = pairs.scores
     found = _Found(
         scores.image.new_zeros(()),
         torch.zeros_like(scores.image) if for_image else None,
         torch.zeros_like(scores.text) if for_text else None,
         scores.image.new_zeros(()),
     )
-    weight = pairs.weight if bool((pairs.weight != 1).any()) else None
+    weight = weights if bool((weights != 1).any()) else None
     scratch = scores.scratch()
     for tile in scores.tiles():
         wrong = tile.scores.add_(bias)  # from here on the logit of the wrong answer, -y (t ⟨x, y⟩ + b)
@@ -161,15 +141,16 @@ def _weigh(values: Tensor, tile: Tile, weight: Tensor | None, offset: int) -> Te
     return values
 
 
-def _gradients(pairs: _Pairs, found: _Found, factor: Tensor, group: Group) -> tuple[Tensor | None, ...]:
+def _gradients(scores: Scores, found: _Found, total: Tensor, counts: list[int], group: Group) -> list[Tensor | None]:
     """W × this rank's share for image, text, logit_scale, logit_bias; ∂L/∂ log t = Σ G·T = Σ_i ⟨x_i, ∂L/∂x_i⟩."""
+    factor = resolve(group)[2] / total
     d_image = d_text = d_scale = None
     if found.image is not None:
-        d_image = found.image.mul_(factor * pairs.scores.scale)
-        d_scale = (pairs.scores.image * d_image).sum()
+        d_image = found.image.mul_(factor * scores.scale)
+        d_scale = (scores.image * d_image).sum()
     if found.text is not None:
-        d_text = reduce_scatter_rows(found.text, pairs.counts, group).mul_(factor * pairs.scores.scale)
-    return d_image, d_text, d_scale, found.bias * factor
+        d_text = reduce_scatter_rows(found.text, counts, group).mul_(factor * scores.scale)
+    return [d_image, d_text, d_scale, found.bias * factor]
 
 
 def _as(gradient: Tensor | None, like: Tensor, kept: Tensor | None) -> Tensor | None:
@@ -177,5 +158,5 @@ def _as(gradient: Tensor | None, like: Tensor, kept: Tensor | None) -> Tensor | 
     if gradient is None:
         return None
     if gradient.dim():
-        return _spread(gradient.to(like.dtype), kept)
+        return spread_rows(gradient.to(like.dtype), kept)
     return gradient.to(like.dtype).view_as(like)
