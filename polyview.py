@@ -21,7 +21,7 @@ DOC = """Pretrain vision and vision-language encoders, index what they see, judg
 
 
 def load(checkpoint: str | Path, device: str = "auto", weights: Which = "model") -> Encoder:
-    """The encoder of a run, a checkpoints folder or one checkpoint: `.encode_image(images)`, `.encode_text(texts)`.
+    """The encoder of a run, a checkpoint, or an export `--to safetensors`: `.encode_image(…)`, `.encode_text(texts)`.
 
     `weights`: "model" is what was trained; "teacher" its momentum teacher, where an objective has one (DINO, MoCo);
     "ema" its running average, where the recipe keeps one.

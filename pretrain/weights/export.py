@@ -82,11 +82,13 @@ def prove(source: Source, target: Target, folder: Path, pictures: list[Image.Ima
         UserError: the consumer cannot load the folder, or a row differs.
         ModuleNotFoundError: the consumer is not installed.
     """
-    theirs = _consumer(source, target, folder)
-    image = _least(ours(source, target, pictures), theirs["embed_images"](pictures), target, "image")
-    text = None
-    if "embed_texts" in theirs and source.model.text:
-        text = _least(source.encoder.encode_text(TEXTS), theirs["embed_texts"](TEXTS), target, "text")
+    theirs: dict[str, Any] = {"folder": str(folder)}
+    with _refusals(target), _quiet():
+        exec(target.code(source.model), theirs)
+        images = theirs["embed_images"](pictures)
+        texts = theirs["embed_texts"](TEXTS) if "embed_texts" in theirs else None
+    image = _least(ours(source, target, pictures), images, target, "image")
+    text = None if texts is None else _least(source.encoder.encode_text(TEXTS), texts, target, "text")
     for name, value in source.temperature.items():
         found = getattr(theirs.get("model"), name, None)
         if found is not None and abs(found.item() - value) > 1e-5:
@@ -136,20 +138,6 @@ def _pixels(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
-def _consumer(source: Source, target: Target, folder: Path) -> dict[str, Any]:
-    """The names that the card's code defines."""
-    theirs: dict[str, Any] = {"folder": str(folder)}
-    try:
-        with _quiet():
-            exec(target.code(source.model), theirs)
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:  # whatever the consumer's classes refuse with
-        why = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(f"{target.library} cannot load this model: {type(error).__name__}: {why}") from error
-    return theirs
-
-
 def _least(mine: np.ndarray, found: np.ndarray, target: Target, what: str) -> float:
     found = np.asarray(found)
     if found.shape != mine.shape:
@@ -167,6 +155,19 @@ def _least(mine: np.ndarray, found: np.ndarray, target: Target, what: str) -> fl
 
 
 @contextmanager
+def _refusals(target: Target) -> Iterator[None]:
+    """The consumer's own errors as ours."""
+    try:
+        yield
+    except (ModuleNotFoundError, UserError):
+        raise
+    except Exception as error:  # whatever its classes refuse with
+        raise UserError(
+            f"{target.library} cannot load this model: {type(error).__name__}: {str(error)[:400]}"
+        ) from error
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
     """Without what libraries tell of their loading."""
     before = logging.root.manager.disable
@@ -180,8 +181,13 @@ def _quiet() -> Iterator[None]:
 @contextmanager
 def _whole(out: Path) -> Iterator[Path]:
     """A folder that becomes `out` in one step, or is gone."""
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        partial.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(
+            f"{partial} is in the way: of an export that goes on, or one that was killed; remove it"
+        ) from None
     try:
         yield partial
         for file in partial.iterdir():

@@ -57,11 +57,10 @@ def _json(path: Path, value: Any) -> None:
 
 def _write_open_clip(source: Source, folder: Path) -> None:
     scale, bias = source.temperature.get("logit_scale", INITIAL_LOGIT_SCALE), source.temperature.get("logit_bias")
-    tensors = to_open_clip(source.trunk, scale)
-    model_cfg = open_clip_config(source)
+    tensors, model_cfg = to_open_clip(source.trunk, scale, bias), open_clip_config(source)
+    model_cfg["custom_text"] = any(name.startswith("text.") for name in tensors)  # its class for SigLIP
     if bias is not None:
         model_cfg["init_logit_bias"] = bias
-        tensors["logit_bias"] = tensors["logit_scale"].new_tensor(bias)
     save_file(tensors, folder / "open_clip_model.safetensors")
     if source.model.text and source.model.text.tokenizer:  # CLIP's own is in open_clip
         write_tokenizer(source.model, folder)

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import pickle
+import zipfile
 from pathlib import Path
 
 import open_clip
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 from torchvision.models import resnet50
 
+from pretrain.distributed.process import Process
 from pretrain.errors import UserError
 from pretrain.models.request import FeatureRequest
 from pretrain.models.trunk import Trunk, build_trunk
 from pretrain.objectives import build
 from pretrain.objectives.joint import Joint
-from pretrain.recipe import InitRecipe, ModelRecipe, TextRecipe
+from pretrain.parts import assemble
+from pretrain.recipe import InitRecipe, ModelRecipe, TextRecipe, parse_recipe
+from pretrain.weights.files import read_weights
 from pretrain.weights.init import Report, load_init
 from pretrain.weights.open_clip import model_recipe, names, to_open_clip
 from tests.runs import losses, train_here, weights
@@ -170,6 +177,34 @@ def test_openais_torchscript_archives_are_read_without_being_run(tmp_path: Path)
             assert torch.equal(wanted[name], tensor.half().float()), name
 
 
+def test_code_in_a_torchscript_archive_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return (tmp_path / "ran").touch, ()
+
+    with zipfile.ZipFile(tmp_path / "evil.pt", "w") as archive:
+        archive.writestr("evil/constants.pkl", b"")
+        archive.writestr("evil/data.pkl", pickle.dumps(Evil()))
+    with pytest.raises(UserError, match=r"evil\.pt cannot be read as weights.*has no place among weights"):
+        read_weights(tmp_path / "evil.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_in_several_files_are_read_as_one(tmp_path: Path) -> None:
+    parts = {"a.safetensors": {"x": torch.rand(2)}, "b.safetensors": {"y": torch.rand(3), "z": torch.rand(1)}}
+    for file, tensors in parts.items():
+        save_file(tensors, tmp_path / file)
+    where = {name: file for file, tensors in parts.items() for name in tensors}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    found = read_weights(tmp_path)
+    assert {n: t.tolist() for n, t in found.items()} == {n: t.tolist() for p in parts.values() for n, t in p.items()}
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot be read as weights"):
+        read_weights(tmp_path)
+    with pytest.raises(UserError, match="no folder of weights"):
+        read_weights(tmp_path.parent)
+
+
 @pytest.mark.parametrize("image", ["vit_base_patch16_clip_224", "resnet50_clip"])
 def test_another_image_size_has_its_positions_resampled(image: str, tmp_path: Path) -> None:
     kwargs = SMALL if image.startswith("vit") else {}
@@ -269,3 +304,14 @@ def test_a_run_starts_from_another_runs_weights_and_resumes_without_them(tmp_pat
     (tmp_path / "first").rename(tmp_path / "moved")
     assert train_here(recipe, "steps=3") == 0
     assert train_here(recipe, "steps=4", "init.of=model") != 0
+
+
+def test_teacher_average_and_objectives_begin_at_the_first_weights(tmp_path: Path, shards: Path) -> None:
+    source = shaken(build_trunk(parse_recipe(recipe_data(shards, tmp_path), "here").model, seed=5))
+    torch.save(to_open_clip(source, 3.5), tmp_path / "clip.pt")
+    changes = {"objectives": {"clip": {}, "moco": {"queue": 24}}, "ema": {}, "init": str(tmp_path / "clip.pt")}
+    recipe = parse_recipe(recipe_data(shards, tmp_path / "run", **changes), "here")
+    parts = assemble(recipe, 60, Process(0, 1, 0, torch.device("cpu")))
+    for module in (parts.backend.trunk, parts.backend.teacher.copy, parts.backend.ema.copy):
+        assert all(torch.equal(t, source.state_dict()[n]) for n, t in module.state_dict().items())
+    assert parts.joint.by_name["clip"].logit_scale.item() == 3.5

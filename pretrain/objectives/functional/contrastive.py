@@ -185,9 +185,11 @@ def gather(
 ) -> Rows:
     """Leave out the rows that no term counts, then bring together what every rank must see of the others'."""
     device = images[0].device
-    kept = None if weight is None else (weight.to(device) > 0).any(dim=1)
-    if kept is not None:
-        images, texts, weight = [x[kept] for x in images], [x[kept] for x in texts], weight.to(device)[kept]
+    kept = None
+    if weight is not None:
+        weight = weight.to(device)
+        kept = (weight > 0).any(dim=1)
+        images, texts, weight = [x[kept] for x in images], [x[kept] for x in texts], weight[kept]
         ids = None if ids is None else ids.to(device)[kept]
     counts = row_counts(len(images[0]), device, group)
     dtype = _dtype(*images, *texts)
