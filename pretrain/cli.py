@@ -42,7 +42,7 @@ def call(prog: str, module_name: str, argv: Sequence[str]) -> int:
         prog=_shown(prog), description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # key=value may stand behind flags
     try:
         return int(module.run(args) or 0)
     except UserError as error:

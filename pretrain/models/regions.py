@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from pretrain.errors import UserError
+from pretrain.models.leff import LeFF
 from pretrain.recipe import RegionRecipe
 from pretrain.views.regions import Regions
 
@@ -37,8 +38,12 @@ class RegionBranch(nn.Module):
             and backbone.global_pool == "token"
         ):
             self.blocks, width = recipe.blocks, backbone.embed_dim
-            if self.blocks >= len(backbone.blocks):
-                raise UserError(f"model.regions.blocks {self.blocks}: {name} has {len(backbone.blocks)} blocks in all")
+            front = max(1, sum(isinstance(block.mlp, LeFF) for block in backbone.blocks))  # regions are no grid
+            if self.blocks + front > len(backbone.blocks):
+                raise UserError(
+                    f"model.regions.blocks {self.blocks}: {name} has {len(backbone.blocks)} blocks in all, and regions "
+                    f"cannot run through the first {front} (model.leff, or what their map is made by)"
+                )
         elif isinstance(getattr(backbone, "head", None), AttentionPool2d):
             width = backbone.num_features
             self.norm = nn.LayerNorm(width)

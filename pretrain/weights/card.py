@@ -46,7 +46,7 @@ def card(source: Source, target: Target, proof: Proof | None) -> str:
     }
     head = f"---\nlibrary_name: {target.library}\ntags: [polyview]\n---\n\n# {source.run}\n\n"
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
-    return f"{head}{target.holds} They are {WHICH[source.which]}.\n\n{body}\n"
+    return f"{head}{target.holds} These are {WHICH[source.which]}.\n\n{body}\n"
 
 
 def _table(rows: Mapping[str, Any]) -> str:

@@ -20,9 +20,8 @@ from pretrain.models.trunk import Trunk
 from pretrain.recipe import ModelRecipe, TextRecipe
 from pretrain.views.tokenizer import END, START
 from pretrain.weights.files import read_weights
-from pretrain.weights.naming import Names, Rule, covered, exported, load, table, without
+from pretrain.weights.naming import TEMPERATURE, Names, Rule, covered, exported, load, table, without
 
-TEMPERATURE = ("logit_scale", "logit_bias")
 BESIDE = (*TEMPERATURE, "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 
 VISION = (

@@ -7,7 +7,6 @@ another shape is never passed over in silence: then nothing is copied at all.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,14 +21,11 @@ from pretrain.objectives.joint import Joint
 from pretrain.recipe import InitRecipe
 from pretrain.weights import dino, hf, open_clip
 from pretrain.weights.files import IN_A_FOLDER, read_weights
-from pretrain.weights.naming import Names, Rule, differences
+from pretrain.weights.naming import TEMPERATURE, Names, Rule, differences
 from pretrain.weights.positions import fitted
 from pretrain.weights.timm import backbone_names
 from pretrain.weights.torchscript import is_torchscript
 
-log = logging.getLogger(__name__)
-
-TEMPERATURE = ("logit_scale", "logit_bias")
 TOWERS = {"image.backbone.": "model.image", "text.": "model.text"}
 
 

@@ -18,6 +18,9 @@ from pretrain.errors import UserError
 
 Shape = tuple[int, ...]
 
+TEMPERATURE = ("logit_scale", "logit_bias")
+"""What models keep beside their towers, and here the objectives have."""
+
 
 @dataclass(frozen=True)
 class Rule:

@@ -22,7 +22,7 @@ from pretrain.models.trunk import Trunk
 from pretrain.recipe import ModelRecipe, TextRecipe
 from pretrain.recipe.model import OPENAI_MEAN, OPENAI_STD
 from pretrain.weights.files import read_weights
-from pretrain.weights.naming import Names, Rule, covered, exported, load, without
+from pretrain.weights.naming import TEMPERATURE, Names, Rule, covered, exported, load, without
 from pretrain.weights.timm import backbone_names
 
 VIT = (
@@ -82,7 +82,6 @@ TEXT = (
 TEXT_HEAD = (Rule("text.projection.{}", "text_projection.{}"),)
 """SigLIP's, which has a bias, before CLIP's: a linear layer, not a matrix to multiply by."""
 TIMM_HEAD = (Rule("image.projection.weight", "visual.head.proj.weight"),)
-TEMPERATURE = ("logit_scale", "logit_bias")
 BESIDE = {*TEMPERATURE, "attn_mask", "input_resolution", "context_length", "vocab_size"}  # no weights of a trunk
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 

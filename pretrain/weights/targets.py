@@ -120,8 +120,11 @@ def _vision(source: Source) -> tuple[dict[str, Any], bool | None]:
             f"open_clip makes timm's {model.image} without model.image_kwargs, here {', '.join(shape)}; "
             "`--to timm` and `--to onnx` hold this tower"
         )
-    proj = "none" if tower.projection is None else "linear"
-    return size | {"timm_model_name": model.image, "timm_pool": "", "timm_proj": proj}, None
+    if tower.projection is not None:
+        return size | {"timm_model_name": model.image, "timm_pool": "", "timm_proj": "linear"}, None
+    pool = getattr(backbone, "global_pool", "avg")  # without a projection open_clip takes timm's off unless told
+    pool = pool if isinstance(pool, str) else pool.pool_type
+    return size | {"timm_model_name": model.image, "timm_pool": pool, "timm_proj": "none"}, None
 
 
 # ---- timm

@@ -28,6 +28,7 @@ from tests.runs import train_here
 from tests.tiny import picture, recipe_data, write_recipe, write_shards
 
 TEXT = {"width": 32, "layers": 2, "heads": 2, "context": 16}
+SIGLIP_TEXT = TEXT | {"causal": False, "pool": "last", "projection_bias": True, "activation": "gelu_tanh"}
 MODELS: dict[str, dict[str, Any]] = {
     "clip": {"image": "vit_xsmall_patch16_clip_224", "image_size": 32, "image_kwargs": {"depth": 1}, "text": TEXT},
     "quick": {
@@ -41,9 +42,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "siglip": {
         "image": "vit_base_patch16_siglip_224", "image_size": 32, "embed_dim": None, "mean": (0.5, 0.5, 0.5),
         "image_kwargs": {"embed_dim": 32, "depth": 1, "num_heads": 2}, "std": (0.5, 0.5, 0.5),
-        "text": TEXT | {"causal": False, "pool": "last", "projection_bias": True, "activation": "gelu_tanh"},
+        "text": SIGLIP_TEXT,
     },
+    "siglip-resnet": {"image": "resnet18", "image_size": 64, "embed_dim": None, "text": SIGLIP_TEXT},
     "leff": {"image": "vit_tiny_patch16_224", "image_size": 32, "image_kwargs": {"depth": 1}, "leff": 1, "text": None},
+    "regions": {
+        "image": "vit_xsmall_patch16_clip_224", "image_size": 32, "image_kwargs": {"depth": 2}, "text": TEXT,
+        "regions": {"blocks": 1},
+    },
     "max": {
         "image": "vit_xsmall_patch16_clip_224", "image_size": 32, "image_kwargs": {"depth": 1},
         "text": TEXT | {"pool": "max"},
@@ -59,7 +65,7 @@ def save(name: str, folder: Path, **text: Any) -> Path:
     torch.manual_seed(0)
     tensors = {f"model.{n}": t + 0.2 * torch.rand_like(t) if t.ndim == 1 else t for n, t in trunk.state_dict().items()}
     tensors |= {"objective.siglip.logit_scale": torch.tensor([3.3])}
-    if name == "siglip":
+    if name.startswith("siglip"):
         tensors["objective.siglip.logit_bias"] = torch.tensor([-9.5])
     writer = CheckpointWriter(folder / "checkpoints", rank=0, world=1, attempt="a1")
     meta = {"recipe": {"name": name, "model": model.model_dump(mode="json")}}
@@ -141,11 +147,11 @@ def test_a_trained_run_is_embedded_alike_by_the_cards_code(trained, tmp_path, mo
     [
         ("quick", "open_clip"), ("quick", "hf"), ("quick", "timm"), ("clip-resnet", "open_clip"),
         ("resnet", "open_clip"), ("scenes", "timm"), ("images", "timm"), ("images", "safetensors"), ("siglip", "hf"),
-        ("leff", "safetensors"),
+        ("siglip-resnet", "open_clip"), ("leff", "safetensors"), ("regions", "open_clip"),
     ],
 )  # fmt: skip
 def test_models_go_where_they_can(tmp_path, name, to):
-    """`exported` verifies them: by consumers' classes, with their own preprocessing and tokenizers."""
+    """`exported` verifies them: by consumers' classes, with their own preprocessing, tokenizers and temperature."""
     folder = exported(save(name, tmp_path / "run"), to, tmp_path / "out")
     assert "least cosine" in (folder / "README.md").read_text()
     if (name, to) == ("siglip", "hf"):
@@ -257,6 +263,9 @@ def test_the_command_takes_pictures_and_touches_no_folder_that_exists(trained, t
     assert main([*asked[:-3], str(tmp_path / "new"), "--images", str(tmp_path / "out")]) == 2
     assert "no pictures there" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+    (tmp_path / "new.partial").mkdir()
+    assert main([*asked[:-3], str(tmp_path / "new")]) == 2
+    assert "new.partial is in the way" in capsys.readouterr().err
 
 
 def test_synthetic_pictures_are_always_the_same():

@@ -147,7 +147,8 @@ def test_towers_that_cannot_are_named():
     for changes, told in (
         ({"image": "resnet18", "image_kwargs": {}}, "CLIP's ResNets, not resnet18"),
         ({"regions": {"blocks": 3}}, "has 3 blocks in all"),
-        ({"leff": 4}, "no ViT of at least 4 blocks"),
+        ({"leff": 2}, "cannot run through the first 2"),
+        ({"leff": 4, "regions": None}, "no ViT of at least 4 blocks"),
         ({"image": "resnet18", "image_kwargs": {}, "regions": None, "leff": 1}, "resnet18 is no ViT"),
     ):
         with pytest.raises(UserError, match=told):

@@ -112,7 +112,7 @@ def test_weights_of_another_tower_are_refused(small: tuple[nn.Module, Trunk]) ->
     image_only = build_trunk(model.model_copy(update={"text": None}), seed=0)
     with pytest.raises(UserError, match="text tower"):
         to_open_clip(image_only)
-    with pytest.raises(UserError, match="near: .*ViT-L-14"):
+    with pytest.raises(UserError, match=r"near: .*ViT-L-14"):
         model_recipe("ViT-L-13")
     with pytest.raises(UserError, match="hf_model_name"):
         model_recipe("roberta-ViT-B-32")
