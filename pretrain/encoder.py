@@ -176,7 +176,7 @@ def load(
     precision: Literal["fp32", "bf16"] = "fp32",
     weights: Which = "model",
 ) -> Encoder:
-    """The encoder in a run folder (its newest whole checkpoint), a checkpoints folder, one step's folder, or an export's.
+    """The encoder in a run folder (its newest whole checkpoint), a checkpoints folder, one step's, or an export's.
 
     `weights`: what was trained, its momentum teacher (DINO's figures are its teacher's), or its running average.
 

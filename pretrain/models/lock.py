@@ -30,6 +30,8 @@ def lock(trunk: Trunk, recipe: LockRecipe, requests: Sequence[FeatureRequest]) -
     parts: list[Part] = []
     if recipe.image:
         parts += _locked_parts(trunk.image.backbone, recipe.image_unlocked, "image", trunk.image.name)
+    if recipe.patches:
+        parts.append(trunk.image.backbone.patch_embed)
     if recipe.text and trunk.text is not None:
         parts += _locked_parts(trunk.text, recipe.text_unlocked, "text", "the text tower")
     for part in parts:
@@ -68,6 +70,8 @@ def _check(trunk: Trunk, recipe: LockRecipe) -> None:
     for name in ("image_unlocked", "projection"):
         if getattr(recipe, name) and not recipe.image:
             raise UserError(f"model.lock.{name} without model.lock.image: set image: true, or leave {name} out")
+    if recipe.patches and not hasattr(trunk.image.backbone, "patch_embed"):
+        raise UserError(f"model.lock.patches: true, but {trunk.image.name} has no patch embedding; leave it out")
     if recipe.text_unlocked and not recipe.text:
         raise UserError("model.lock.text_unlocked without model.lock.text: set text: true, or leave text_unlocked out")
     if recipe.text and trunk.text is None:

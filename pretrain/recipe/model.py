@@ -75,6 +75,9 @@ class LockRecipe(Part):
     with them."""
     projection: bool = False
     """The image projection too, where the weights come with one."""
+    patches: bool = False
+    """The patch embedding of a ViT alone, as it was drawn or brought along: steadier at the start (MoCo v3, Chen et al.
+    2021, §4; PyramidCLIP)."""
     text: bool = False
     """The text tower."""
     text_unlocked: int = Field(default=0, ge=0)

@@ -29,6 +29,7 @@ LOCKS = {
     "text": {"text": True},
     "last block of both": {"image": True, "image_unlocked": 1, "text": True, "text_unlocked": 1},
     "but the projection": {"image": True, "text": True},
+    "patches": {"patches": True},
 }
 
 
@@ -37,6 +38,8 @@ def learns(locked: dict, name: str) -> bool:
     side, last = name.split(".")[0], name.split(".")[1]
     if name == "image.projection.weight":
         return not locked.get("projection", False)
+    if locked.get("patches") and ".patch_embed." in name:
+        return False
     if not locked.get(side):
         return True
     if not locked.get(f"{side}_unlocked"):
@@ -220,6 +223,7 @@ def check_locked(found: dict[str, torch.Tensor], model: dict, learning: set[str]
         ({"image": True, "image_unlocked": 3}, {}, "image_unlocked 3: vit_tiny_patch16_224 has 2 blocks"),
         ({"text": True, "text_unlocked": 3}, {}, "text_unlocked 3: the text tower has 2 blocks"),
         ({"image": True, "image_unlocked": 1}, {"image": "regnety_002", "image_kwargs": {}}, "no blocks or stages"),
+        ({"patches": True}, {"image": "test_resnet", "image_kwargs": {}}, "test_resnet has no patch embedding"),
     ],
 )
 def test_what_cannot_be_locked_is_refused_by_name(locked, changes, message):
