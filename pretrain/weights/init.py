@@ -93,11 +93,13 @@ def _other_activations(trunk: Trunk, weights: Path) -> list[str]:
 def _read(trunk: Trunk, init: InitRecipe) -> tuple[Mapping[str, Tensor], Names]:
     """The tensors by their names, and which of ours they are for."""
     kind: str = init.format
-    if kind == "native" or (kind == "auto" and _is_run(init.weights)):
-        return _native(trunk, init)
+    if kind in ("auto", "native") and _is_run(init.weights):
+        return _of_a_run(init), _as_they_are(trunk)
     named = read_weights(init.weights, init.of)
     if kind == "auto":
         kind = _told(named)
+    if kind == "native":
+        return named, _as_they_are(trunk)
     if kind == "open_clip":
         timm_tower = any(name.startswith("visual.trunk.") for name in named)
         return open_clip.flat(named), open_clip.names(trunk, timm_tower)
@@ -112,19 +114,24 @@ def _is_run(path: Path) -> bool:
 
 def _told(named: Mapping[str, Tensor]) -> str:
     """The format by the names: towers of several have them under a prefix, a tower alone is timm's, or as timm's."""
+    if any(name.startswith("image.backbone.") for name in named):
+        return "native"
     if any(name.startswith("visual.") for name in named):
         return "open_clip"
     return "hf" if any(name.startswith(("vision_model.", "text_model.")) for name in named) else "timm"
 
 
-def _native(trunk: Trunk, init: InitRecipe) -> tuple[Mapping[str, Tensor], Names]:
+def _as_they_are(trunk: Trunk) -> Names:
+    return {name: (name, Rule(name, name)) for name in trunk.state_dict()}
+
+
+def _of_a_run(init: InitRecipe) -> dict[str, Tensor]:
     checkpoint = find_checkpoint(init.weights)
     stored = {n.removeprefix(f"{init.of}."): n for n in checkpoint.names() if n.startswith(f"{init.of}.")}
     if not stored:
         raise UserError(f"init.of: {checkpoint.path} holds no {init.of}")
     beside = {n: n for n in checkpoint.names() if n.startswith("objective.") and n.endswith(TEMPERATURE)}
-    foreign = {name: checkpoint.read(n) for name, n in (stored | beside).items()}
-    return foreign, {name: (name, Rule(name, name)) for name in trunk.state_dict()}
+    return {name: checkpoint.read(n) for name, n in (stored | beside).items()}
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ def refused(**changes) -> str:
 
 
 def test_known_objectives_are_objectives():
-    needed: dict = {"hydra": {"classes": 3}, "moco": {"queue": 24}}
+    needed: dict = {"hydra": {"classes": 3}, "moco": {"queue": 24}, "pyramid_clip": {"regions": False}}
     for name in known():
         assert build({name: needed.get(name, 1.0)}, FACTS)
     with pytest.raises(UserError, match="no objective 'contrastive'"):

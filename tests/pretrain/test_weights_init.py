@@ -29,6 +29,7 @@ from pretrain.parts import assemble
 from pretrain.recipe import InitRecipe, ModelRecipe, TextRecipe, parse_recipe
 from pretrain.weights.files import read_weights
 from pretrain.weights.init import Report, load_init
+from pretrain.weights.native import save_export
 from pretrain.weights.open_clip import model_recipe, names, to_open_clip
 from tests.runs import losses, train_here, weights
 from tests.tiny import FACTS, VIT, recipe_data, write_recipe, write_shards
@@ -304,6 +305,17 @@ def test_a_run_starts_from_another_runs_weights_and_resumes_without_them(tmp_pat
     (tmp_path / "first").rename(tmp_path / "moved")
     assert train_here(recipe, "steps=3") == 0
     assert train_here(recipe, "steps=4", "init.of=model") != 0
+
+
+@pytest.mark.parametrize("format", ["auto", "native"])
+def test_an_export_of_our_own_is_read_by_its_names(tmp_path: Path, format: str) -> None:
+    recipe = ModelRecipe.model_validate(VIT)
+    source, trunk = shaken(build_trunk(recipe, seed=5)), build_trunk(recipe, seed=0)
+    save_export(source.state_dict(), recipe, tmp_path)
+    report = load(trunk, tmp_path, format=format)
+    assert not report.missing
+    assert not report.unused
+    assert all(torch.equal(t, source.state_dict()[n]) for n, t in trunk.state_dict().items())
 
 
 def test_teacher_average_and_objectives_begin_at_the_first_weights(tmp_path: Path, shards: Path) -> None:
