@@ -28,7 +28,7 @@ from pretrain.models.trunk import Trunk, build_trunk
 from pretrain.recipe import ModelRecipe, TextRecipe
 from pretrain.views.decode import DamagedSample, decode
 from pretrain.views.geometry import eval_crop
-from pretrain.views.tokenizer import Tokenizer, build_tokenizer
+from pretrain.views.text import Tokenizer, build_tokenizer
 from pretrain.weights.native import is_export, load_trunk, open_export
 from pretrain.weights.which import Which
 

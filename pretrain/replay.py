@@ -31,7 +31,7 @@ from pretrain.recipe import Recipe
 from pretrain.run import RunFolder
 from pretrain.step import seed_draws, update
 from pretrain.telemetry import read_log
-from pretrain.views.tokenizer import build_tokenizer
+from pretrain.views.text import build_tokenizer
 
 
 @dataclass

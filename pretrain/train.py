@@ -46,7 +46,7 @@ from pretrain.recipe import Recipe, check_split
 from pretrain.run import RunFolder
 from pretrain.step import NonFiniteError, TwoStage, update
 from pretrain.telemetry import RunLog, StepClock, embedding_std, provenance, rankme
-from pretrain.views.tokenizer import build_tokenizer
+from pretrain.views.text import build_tokenizer
 
 log = logging.getLogger(__name__)
 

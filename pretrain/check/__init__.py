@@ -23,7 +23,7 @@ from pretrain.objectives.joint import Joint
 from pretrain.parts import build_modules
 from pretrain.recipe import Recipe
 from pretrain.run import RunFolder
-from pretrain.views.tokenizer import build_tokenizer
+from pretrain.views.text import build_tokenizer
 
 T = TypeVar("T")
 

@@ -29,7 +29,7 @@ from pretrain.views.geometry import UNIFORMS, crop_box, random_resized_crop
 from pretrain.views.photometric import draw
 from pretrain.views.regions import Regions, in_crop
 from pretrain.views.spec import ImageView, RegionView, TextView
-from pretrain.views.tokenizer import Tokenizer
+from pretrain.views.text import Tokenizer
 
 ROWS_A_TASK = 16
 

@@ -28,7 +28,7 @@ from pretrain.reader.fields import wanted_extensions
 from pretrain.shards.source import Source
 from pretrain.views.decode import MAX_PIXELS, Scratch
 from pretrain.views.spec import ImageView, RegionView, TextView
-from pretrain.views.tokenizer import Tokenizer
+from pretrain.views.text import Tokenizer
 
 __all__ = ["Batch", "Reader"]
 

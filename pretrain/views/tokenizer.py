@@ -19,15 +19,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
 
 import ftfy
 import numpy as np
 import regex
 import torch
-
-from pretrain.errors import UserError
-from pretrain.recipe.model import TextRecipe
 
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 VOCAB_SIZE = 49408
@@ -38,39 +34,6 @@ _SPECIAL = {"<start_of_text>": START, "<end_of_text>": END}
 _WORDS = regex.compile(
     "|".join(_SPECIAL) + r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE
 )
-
-
-class Tokenizer(Protocol):
-    """Captions -> (B, context) int64; safe to call from several threads."""
-
-    context: int
-    vocab_size: int
-
-    def __call__(self, captions: Sequence[str]) -> torch.Tensor: ...
-
-    def digest(self) -> str:
-        """sha256 of all that decides which tokens a caption gets."""
-
-
-def build_tokenizer(text: TextRecipe | None) -> Tokenizer | None:
-    """The tokenizer of a recipe's text tower; None where it has none.
-
-    Raises:
-        UserError: its file cannot be used, or has more tokens than the tower.
-    """
-    if text is None:
-        return None
-    built: Tokenizer = ClipTokenizer(text.context)
-    if text.tokenizer is not None:
-        from pretrain.views.pieces import PieceTokenizer  # here, since it builds on this module
-
-        built = PieceTokenizer(text.tokenizer, text.context)
-    if built.vocab_size > text.vocab:
-        raise UserError(
-            f"model.text.vocab is {text.vocab}, but the tokenizer has {built.vocab_size} tokens: set it to that, "
-            "or model.text.tokenizer to the file that the weights came with"
-        )
-    return built
 
 
 class ClipTokenizer:

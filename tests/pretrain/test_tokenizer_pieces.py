@@ -20,7 +20,8 @@ from pretrain.models.trunk import build_trunk
 from pretrain.recipe import ModelRecipe, TextRecipe
 from pretrain.replay import replay
 from pretrain.views.pieces import PAD, PieceTokenizer, canonical
-from pretrain.views.tokenizer import ClipTokenizer, build_tokenizer
+from pretrain.views.text import build_tokenizer
+from pretrain.views.tokenizer import ClipTokenizer
 from tests.pretrain.test_tokenizer import TEXTS
 from tests.runs import losses, train_here
 from tests.tiny import recipe_data, write_recipe, write_shards
