@@ -25,6 +25,8 @@ import numpy as np
 import regex
 import torch
 
+from pretrain.errors import UserError
+
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 VOCAB_SIZE = 49408
 START, END = VOCAB_SIZE - 2, VOCAB_SIZE - 1
