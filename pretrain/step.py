@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ class TwoStage:
 
     def __call__(self, batch: Batch) -> StepResult:
         """Gradients of the global mean loss into the backend's and the objectives' parameters."""
-        taught = [r for r in self.requests if is_trained(self.backend.trunk, r)]
+        taught, known = self._taught, self._locked_inputs
         if self.accumulation == 1:
             features = self.features(batch, 0)
             leaves = _leaves(features, taught)
@@ -59,7 +60,6 @@ class TwoStage:
             self._send_back(features, {r: leaves[r].grad for r in taught})
             return StepResult(loss, figures, _detached(leaves))
         micro = self._micro_batches(batch)
-        known = {r: pooled for r in taught if (pooled := locked_input(self.backend.trunk, r))}
         with torch.no_grad():
             cached = [self.features(m, i, [*self.requests, *known.values()]) for i, m in enumerate(micro)]
         leaves = _leaves({r: torch.cat([c[r] for c in cached]) for r in self.requests}, taught)
@@ -68,6 +68,16 @@ class TwoStage:
             again = {r: PooledInput(features[known[r]]) if r in known else self._input(r, m) for r in taught}
             self._second_pass(i, m, again, leaves)
         return StepResult(loss, figures, _detached(leaves))
+
+    @cached_property  # once a run: what is trained is settled before the first step
+    def _taught(self) -> list[FeatureRequest]:
+        """Requests whose features take a gradient."""
+        return [r for r in self.requests if is_trained(self.backend.trunk, r)]
+
+    @cached_property
+    def _locked_inputs(self) -> dict[FeatureRequest, FeatureRequest]:
+        """Those that a trained projection makes of a locked backbone's pooled feature, and that feature."""
+        return {r: pooled for r in self._taught if (pooled := locked_input(self.backend.trunk, r))}
 
     def inputs(self, batch: Batch, requests: Sequence[FeatureRequest] | None = None) -> Inputs:
         """What the trunk reads for every request."""
