@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from pretrain.distributed.collectives import all_reduce_sum
@@ -58,6 +58,14 @@ class PyramidClipOptions(ObjectiveOptions):
         if min(weights) < 0 or not any(weights):
             raise ValueError("must be three numbers ≥ 0, one at least above 0")
         return weights
+
+    @model_validator(mode="after")
+    def _some_contrast(self) -> PyramidClipOptions:
+        if not (self.weights[0] or self.tags or self.regions):
+            raise ValueError(
+                "without tags and regions the first of weights must be above 0: nothing else is contrasted"
+            )
+        return self
 
 
 class PyramidClip(Objective):

@@ -7,6 +7,7 @@ tables of the part that the shards are of.
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -79,6 +80,8 @@ def open_images_objects(folder: Path) -> Table:
     def take_box(row: Row) -> None:
         if row.get("IsGroupOf") != "1":
             score = float(row.get("Confidence") or 1)
+            if not math.isfinite(score):
+                raise ValueError(f"Confidence {score}")
             found.setdefault(row["ImageID"], []).append(SceneObject(_box(row), names[row["LabelName"]], (), score))
 
     def take_relation(row: Row) -> None:
@@ -107,7 +110,8 @@ def _tables(folder: Path) -> tuple[list[Path], list[Path], dict[str, str]]:
             relations.append(path)
         elif len(columns) == 2:
             # attributes are called "(made of)Wood"
-            names |= {row[0]: intern(re.sub(r"\(.*?\)", "", row[1]).strip()) for row in _lines(path) if len(row) == 2}
+            named = {row[0]: re.sub(r"\(.*?\)", "", row[1]).strip() for row in _lines(path) if len(row) == 2}
+            names |= {of: intern(name) for of, name in named.items() if name}
     if not boxes or not names:
         what = f"table with the columns {', '.join(sorted(BOX_COLUMNS))}" if not boxes else "class descriptions"
         raise UserError(f"{folder} holds no {what} among its *.csv: download Open Images' annotations into it")

@@ -141,7 +141,7 @@ def _number(what: str, given: Any) -> float:
 
 
 def _word(what: str, given: Any) -> str:
-    """White space collapsed."""
-    if not isinstance(given, str) or not given.strip():
+    """White space collapsed; half a surrogate pair, which JSON can hold and no file, makes it no word."""
+    if not isinstance(given, str) or not given.strip() or any("\ud800" <= letter <= "\udfff" for letter in given):
         raise ValueError(f"{what} is no word but {reprlib.repr(given)}")
     return " ".join(given.split())

@@ -31,7 +31,7 @@ def read_rows(data: bytes | memoryview, columns: int) -> np.ndarray:
         raise ValueError(f"an array of {shape} {kind}, should be (n, {columns}) float16, row after row")
     if len(data) - file.tell() != shape[0] * columns * kind.itemsize:
         raise ValueError(f"{len(data) - file.tell():,} bytes of numbers, not the {shape} float16 of its header")
-    rows = np.frombuffer(data, kind, offset=file.tell()).reshape(shape)
+    rows = np.frombuffer(data, kind, offset=file.tell()).reshape(-1, columns)
     if not np.isfinite(rows).all():
         raise ValueError("holds numbers that are not finite")
     return rows

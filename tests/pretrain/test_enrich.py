@@ -238,16 +238,18 @@ def open_images(folder: Path) -> Path:
         "6,xclick,/m/unknown,1,0,1,0,1,0,0,0,0,0\n"
         "6,xclick,/m/c,1,0.5,0.5,0,1,0,0,0,0,0\n"
         "6,xclick,/m/c,1,left,0.5,0,1,0,0,0,0,0\n"
+        "6,xclick,/m/c,nan,0,0.5,0,1,0,0,0,0,0\n"
         "9,activemil,/m/c,1,0.25,0.75,0,1,-1,-1,-1,-1,-1\n"
     )
     (folder / "oidv6-class-descriptions.csv").write_text('LabelName,DisplayName\n/m/t,Table\n/m/c,"Cat, domestic"\n')
-    (folder / "oidv6-attributes-description.csv").write_text("/m/w,(made of)Wood\n/m/r,Round\n")
+    (folder / "oidv6-attributes-description.csv").write_text("/m/w,(made of)Wood\n/m/r,Round\n/m/n,(made of)\n")
     (folder / "oidv6-train-annotations-vrd.csv").write_text(
         "ImageID,LabelName1,LabelName2,XMin1,XMax1,YMin1,YMax1,XMin2,XMax2,YMin2,YMax2,RelationshipLabel\n"
         "6,/m/t,/m/w,0.5004,0.9,0.2,0.9,0.5004,0.9,0.2,0.9,is\n"
         "6,/m/t,/m/r,0.5,0.9,0.2,0.9,0.5,0.9,0.2,0.9,is\n"
         "6,/m/t,/m/w,0.5,0.9,0.2,0.9,0.5,0.9,0.2,0.9,is\n"
         "6,/m/t,/m/r,0.1,0.3,0.2,0.9,0.1,0.3,0.2,0.9,is\n"
+        "6,/m/t,/m/n,0.5,0.9,0.2,0.9,0.5,0.9,0.2,0.9,is\n"
         "6,/m/t,/m/c,0.5,0.9,0.2,0.9,0,1,0,1,on\n"
         "404,/m/t,/m/r,0.5,0.9,0.2,0.9,0.5,0.9,0.2,0.9,is\n"
     )
@@ -259,7 +261,7 @@ def test_objects_of_open_images_with_attributes(shards, tmp_path, capsys):
     assert run("enrich", shards, "--out", tmp_path / "new", "--open-images", open_images(tmp_path / "csv")) == 0
     printed = capsys.readouterr().out
     assert "3 samples, 2 with objects, 0 with summaries, 1 not matched" in printed
-    assert "3 annotations left out, such as train-annotations-bbox.csv:5: column or name of a class missing" in printed
+    assert "5 annotations left out, such as train-annotations-bbox.csv:5: column or name of a class missing" in printed
     new = content(tmp_path / "new")
     assert read_objects(new["a/6"]["json"]).objects == [
         SceneObject((0.5, 0.2, 0.9, 0.9), "Table", ("Wood", "Round"), 1.0),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from pretrain.errors import UserError
 from pretrain.objectives import build
 from pretrain.objectives.joint import Joint
 from pretrain.recipe import RegionRecipe
@@ -137,3 +138,9 @@ def test_what_is_switched_off_is_not_asked_for():
     assert views() == (2, 3, 1, 6)
     assert views(tags=False) == (2, 2, 1, 5)
     assert views(tags=False, regions=False) == (2, 2, 0, 4)
+
+
+@pytest.mark.parametrize("weights", [[0, 1, 0], [0, 0, 1]])
+def test_options_that_contrast_nothing_are_refused(weights):
+    with pytest.raises(UserError, match="nothing else is contrasted"):
+        build({"pyramid_clip": {"weights": weights, "tags": False, "regions": False}}, FACTS)

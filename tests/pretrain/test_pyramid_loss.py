@@ -169,6 +169,14 @@ def test_none_or_one_is_zero(n):
     assert all(f.eq(0).all() or f.abs().max() < 1e-12 for f in found.values())
 
 
+def test_without_a_term_it_is_zero_whatever_the_features_hold():
+    some = features(4)["global"].fill_(torch.nan).requires_grad_()
+    loss = pyramid_clip_loss({"global": some}, scale())
+    loss.backward()
+    assert loss == 0
+    assert some.grad.eq(0).all()
+
+
 def test_wrong_arguments_are_named():
     x = features(4)
     for message, call in {

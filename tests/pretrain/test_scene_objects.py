@@ -65,6 +65,8 @@ def test_tags_name_the_best_ten_each_phrase_once():
         ({"box": None}, "box is not"),
         ({"label": 3}, "label is no word but 3"),
         ({"label": "  "}, "label is no word"),
+        ({"label": "half \ud800 a pair"}, "label is no word but"),
+        ({"attrs": ["\udfff"]}, "attribute is no word but"),
         ({"label": "x" * 501}, "513 characters, more than 500"),
         ({"attrs": "pink"}, "attrs is no list"),
         ({"attrs": [1]}, "attribute is no word but 1"),
@@ -123,7 +125,7 @@ def test_no_json_makes_it_raise_anything_else():
     ]
     names = ["box", "label", "attrs", "score", "other"]
     good = 0
-    for _ in range(3000):
+    for _ in range(6000):
         objects = [{names[k]: leaves[v] for k, v in zip(rng.integers(0, 5, 4), rng.integers(0, len(leaves), 4))}] * 2
         found, wrong = read_objects(json.dumps({"objects": objects}).encode())
         assert len(found) + len(wrong) == 2
@@ -185,6 +187,11 @@ def test_stored_rows_come_back_as_they_were():
 def test_what_is_no_array_of_rows_is_refused(data, reason):
     with pytest.raises(ValueError, match=reason):
         read_rows(data, 12)
+
+
+def test_one_row_is_one_however_its_header_says_so():
+    header = "{'descr': '<f2', 'fortran_order': False, 'shape': (True, 12), }"
+    assert read_rows(bomb(header) + bytes(24), 12).shape == (1, 12)
 
 
 def test_no_bytes_make_it_raise_anything_else():
