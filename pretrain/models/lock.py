@@ -2,7 +2,7 @@
 
 A locked part is in evaluation mode whatever mode the trunk is put into: its BatchNorm keeps its statistics, and
 nothing of it is dropped. Features that no trained weight is behind come without a graph, and a step neither sends
-gradients into them nor computes them twice.
+gradients into them nor computes them twice (but for the map that regions are cut from).
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torchvision.ops  # noqa: F401  registers torch.ops.torchvision
 from timm.layers import AttentionPool2d
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
 from pretrain.errors import UserError
 from pretrain.models.leff import LeFF
@@ -106,7 +106,9 @@ def _cut(image_map: Tensor, rows: Regions) -> Tensor:
     row, place = rows.mask.nonzero().unbind(1)
     boxes = rows.boxes[row, place].to(image_map) * image_map.new_tensor([width, height, width, height])
     with torch.autocast("cuda" if image_map.is_cuda else "cpu", enabled=False):  # there is none of the meta device
-        cut = roi_align(image_map, torch.cat((row[:, None].to(boxes), boxes), 1), output_size=1, aligned=True)
+        # the kernel itself: no backward runs, for whose sake torchvision's function compiles another on a GPU
+        numbered = torch.cat((row[:, None].to(boxes), boxes), 1)
+        cut = torch.ops.torchvision.roi_align(image_map, numbered, 1.0, 1, 1, -1, True)
     found = image_map.new_zeros(n, rows.mask.shape[1], channels)
     found[row, place] = cut.flatten(1)
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -104,6 +106,15 @@ def test_a_region_is_the_mean_of_the_map_under_its_box():
     assert seen[1][0, 0, :16].eq(3.0).all()
     inner = image_map[0, :, 2:, 1:].mean(dim=(1, 2))
     assert F.cosine_similarity(seen[0][0, 0, :16], inner, dim=0) > 0.95
+
+
+def test_regions_are_cut_by_the_kernel_and_nothing_is_compiled(monkeypatch):
+    """torchvision's function compiles another where algorithms must be deterministic: only its backward need be so."""
+    module = sys.modules["torchvision.ops.roi_align"]
+    monkeypatch.setattr(module, "_has_ops", lambda: False)  # leads a CPU there too
+    monkeypatch.setattr(module, "_roi_align", lambda *_: pytest.fail("compiled"))
+    made, _ = trunk()
+    assert embed(made, inputs(32))[0].norm() > 0.1
 
 
 def test_the_map_takes_no_gradient_and_the_last_blocks_do():
