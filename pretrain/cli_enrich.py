@@ -105,6 +105,8 @@ def _tell(counts: Counts, out: Path, *, asked: bool) -> None:
         f"{out}: {counts.samples:,} samples, {counts.objects:,} with objects, {counts.summaries:,} with summaries"
         + unmatched
     )
+    if asked and counts.samples and counts.unmatched == counts.samples:
+        print("none of the samples is in the annotations: are they of these photographs?")
     for notes, what in (
         (counts.damaged, "damaged, passed on as they are"),
         (counts.lost, "places of damage in the tars"),

@@ -46,7 +46,7 @@ class RunFolder:
         return load_recipe(self.recipe_file)
 
     def check(self, recipe: Recipe) -> list[str]:
-        """Keys that changed since the run was last started.
+        """Keys that changed since the run was last started; all may, while it has saved nothing.
 
         Raises:
             UserError: a key changed that makes it another run (see FREE_TO_CHANGE).
@@ -55,7 +55,7 @@ class RunFolder:
             return []
         changed = _differences(self.recipe().model_dump(mode="json"), recipe.model_dump(mode="json"))
         refused = [line for key, line in changed.items() if not _free(key)]
-        if refused:
+        if refused and any(self.checkpoints.glob("*/manifest.json")):
             shown = "\n  ".join(refused)
             raise UserError(
                 f"{self.path} holds a run of another recipe:\n  {shown}\n"

@@ -33,7 +33,7 @@ def problems(recipe: Recipe, world: int) -> list[str]:
     """What in the recipe's own numbers and paths would refuse the run."""
     found = []
     if recipe.world is not None and recipe.world != world:
-        found.append(f"the recipe needs world {recipe.world}, not {world}: set world={world}")
+        found.append(f"the recipe says world: {recipe.world}, --world {world}: add world={world} to the command")
     try:
         check_split(recipe.global_batch, world, recipe.accumulation)
     except ValueError as error:

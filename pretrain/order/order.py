@@ -175,7 +175,7 @@ def _check_settings(samples: int, global_batch: int, window: int, block: int | N
     if global_batch > samples:
         raise UserError(
             f"global batch {global_batch} is larger than the {samples} samples of the sources: a batch would "
-            f"hold samples twice. Use {samples} or less, or add data"
+            f"hold samples twice. Use {samples} or less (a multiple of world x accumulation), or add data"
         )
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -37,8 +38,10 @@ def read_weights(path: str | Path, of: str = "model") -> dict[str, Tensor]:
     try:
         content = _read(path)
     except Exception as error:  # a restricted unpickler fails with whatever a foreign byte leads it to
-        why = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{path} cannot be read as weights: {type(error).__name__}: {why}") from error
+        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        if isinstance(error, UnpicklingError) and "weights_only" in str(error):  # torch advises to run what is in it
+            why = "it holds no named tensors, or needs pickled code, which is never run"
+        raise UserError(f"{path} cannot be read as weights: {why}") from error
     return _unwrap(content, path, of)
 
 

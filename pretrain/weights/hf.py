@@ -171,6 +171,11 @@ def _all_names(trunk: Trunk) -> Names:
 
 def _check_options(trunk: Trunk, model: ModelRecipe) -> None:
     text = model.text or TextRecipe()
+    if not is_siglip(trunk) and isinstance(trunk.image.backbone.norm_pre, nn.Identity):
+        raise UserError(
+            f"transformers' CLIPModel normalises the patches before the blocks, {trunk.image.name} does not; "
+            "`--to timm`, `--to onnx` and `--to safetensors` hold this tower, CLIP's own (vit_*_clip_*) go to hf"
+        )
     wanted = {"causal": False, "pool": "last"} if is_siglip(trunk) else {"causal": True, "pool": "eot"}
     for key, value in wanted.items():
         if getattr(text, key) != value:

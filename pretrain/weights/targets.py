@@ -120,6 +120,12 @@ def _vision(source: Source) -> tuple[dict[str, Any], bool | None]:
             f"open_clip makes timm's {model.image} without model.image_kwargs, here {', '.join(shape)}; "
             "`--to timm` and `--to onnx` hold this tower"
         )
+    made_for = backbone.pretrained_cfg["input_size"][-1]
+    if backbone.pretrained_cfg.get("fixed_input_size") and model.image_size != made_for:
+        raise UserError(
+            f"open_clip makes timm's {model.image} for {made_for} pixels alone, here model.image_size is "
+            f"{model.image_size}; `--to timm`, `--to onnx` and `--to safetensors` hold this tower"
+        )
     if tower.projection is not None:
         return size | {"timm_model_name": model.image, "timm_pool": "", "timm_proj": "linear"}, None
     pool = getattr(backbone, "global_pool", "avg")  # without a projection open_clip takes timm's off unless told

@@ -50,6 +50,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "image": "vit_xsmall_patch16_clip_224", "image_size": 32, "image_kwargs": {"depth": 2}, "text": TEXT,
         "regions": {"blocks": 1},
     },
+    "plain": {"image": "vit_tiny_patch16_224", "image_size": 32, "text": TEXT},
     "max": {
         "image": "vit_xsmall_patch16_clip_224", "image_size": 32, "image_kwargs": {"depth": 1},
         "text": TEXT | {"pool": "max"},
@@ -168,6 +169,8 @@ def test_models_go_where_they_can(tmp_path, name, to):
         ("scenes", "open_clip", "without model.image_kwargs, here layers"),
         ("max", "open_clip", "no model.text.pool: max"), ("resnet", "hf", "neither CLIP's nor SigLIP's ViT"),
         ("images", "hf", "have a text tower"), ("leff", "timm", "model.leff 1"),
+        ("plain", "open_clip", "for 224 pixels alone, here model.image_size is 32"),
+        ("plain", "hf", "normalises the patches before the blocks"),
     ],
 )  # fmt: skip
 def test_what_a_consumer_cannot_hold_is_refused_by_name(tmp_path, name, to, why):

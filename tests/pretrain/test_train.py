@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from pretrain.checkpoint import find_latest
+from pretrain.recipe import load_recipe
+from pretrain.run import RunFolder
 from pretrain.telemetry import read_events
 from tests.runs import ENVIRONMENT, kill_and_resume, losses, start, train, train_here, wait_for_a_step, weights
 from tests.tiny import RESNET, VIT, add, picture, recipe_data, write_recipe, write_shards
@@ -187,3 +189,13 @@ def test_a_run_that_is_done_says_so(tmp_path, shards, caplog):
         assert train_here(recipe) == 0
     assert "already trained" in caplog.text
     assert (tmp_path / "run" / "run.json").read_text() == before
+
+
+def test_a_run_that_never_saved_gives_its_folder_to_another_recipe(tmp_path, shards):
+    """The first command was wrong and is put right; once there is a checkpoint the folder is that run's."""
+    hydra = {"objectives": {"hydra": {"classes": 3}}}
+    wrong = write_recipe(tmp_path / "wrong.yaml", recipe_data(shards, tmp_path / "run", **hydra))
+    right = write_recipe(tmp_path / "right.yaml", recipe_data(shards, tmp_path / "run", steps=2))
+    RunFolder(tmp_path / "run").begin(load_recipe(wrong), {})
+    assert train_here(right) == 0
+    assert train_here(wrong) == 2
