@@ -18,7 +18,7 @@ demo: install
 	$(BIN)/polyview demo
 
 test: install lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: install
 	$(BIN)/ruff check .
