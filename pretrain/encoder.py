@@ -29,6 +29,7 @@ from pretrain.recipe import ModelRecipe, TextRecipe
 from pretrain.views.decode import DamagedSample, decode
 from pretrain.views.geometry import eval_crop
 from pretrain.views.text import Tokenizer, build_tokenizer
+from pretrain.weights.naming import exported
 from pretrain.weights.native import is_export, load_trunk, open_export
 from pretrain.weights.which import Which
 
@@ -72,9 +73,8 @@ class Encoder:
         Independent of the file, the device and the compute dtype.
         """
         digest = hashlib.sha256(json.dumps(self._space(), sort_keys=True).encode())
-        for name, tensor in sorted(self._trunk.state_dict().items()):
-            # counters (batches seen) do not shape the space, nor does what reads regions in training
-            if tensor.is_floating_point() and not name.startswith("image.regions."):
+        for name, tensor in sorted(exported(self._trunk).items()):
+            if tensor.is_floating_point():  # counters (batches seen) do not shape the space
                 digest.update(f"{name} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.float().cpu().contiguous().numpy().data)
         return digest.hexdigest()

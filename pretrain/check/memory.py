@@ -245,9 +245,8 @@ def _inputs(joint: Joint, recipe: Recipe, tokens: int) -> dict[FeatureRequest, A
         view.name: torch.empty(ROWS, 3, view.size, view.size, dtype=torch.uint8, device="meta")
         for view in joint.image_views(recipe.model.image_size)
     }
-    text = F.pad(torch.arange(1, tokens + 1), (0, _context(recipe) - tokens)).expand(
-        ROWS, -1
-    )  # the highest id is the end
+    line = F.pad(torch.arange(1, tokens + 1), (0, _context(recipe) - tokens))  # the highest id is the end
+    text = line.expand(ROWS, -1)
     regions = {view.name: view for view in joint.region_views()}
     inputs: dict[FeatureRequest, Any] = {}
     for request in joint.requests():

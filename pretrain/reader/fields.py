@@ -37,6 +37,7 @@ class Fields:
 
     def __init__(self, members: Mapping[str, memoryview]) -> None:
         self._members = members
+        self._listed: dict[str, list[SceneObject]] = {}  # member -> its objects, which tags and regions both read
         self.left_out: dict[str, str] = {}
 
     def text(self, view: TextView, u: float) -> str | None:
@@ -69,10 +70,12 @@ class Fields:
         return [named] if named else []
 
     def _objects(self, member: str) -> list[SceneObject]:
-        found = self._read(member, read_objects, Found([], []))
-        if found.wrong:
-            self.left_out[member] = f"{len(found.wrong)} of its objects: {found.wrong[0]}"
-        return found.objects
+        if member not in self._listed:
+            found = self._read(member, read_objects, Found([], []))
+            if found.wrong:
+                self.left_out[member] = f"{len(found.wrong)} of its objects: {found.wrong[0]}"
+            self._listed[member] = found.objects
+        return self._listed[member]
 
     def _read(self, member: str, read: Callable[[memoryview], T], nothing: T) -> T:
         if member not in self._members:

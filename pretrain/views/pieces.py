@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from pretrain.errors import UserError
-from pretrain.views.tokenizer import clean
+from pretrain.views.tokenizer import clean, rectangle
 
 END = PAD = 1
 _RULES = "clean=ftfy,html,lower,no-punctuation,whitespace;truncate=end-last;1"  # raised when any text's tokens change
@@ -51,11 +51,7 @@ class PieceTokenizer:
         self._caption = lru_cache(maxsize=cached)(self._encode_caption)
 
     def __call__(self, captions: Sequence[str]) -> torch.Tensor:
-        tokens = np.full((len(captions), self.context), PAD, dtype=np.int64)
-        for row, caption in zip(tokens, captions):
-            ids = self._caption(caption)
-            row[: len(ids)] = ids
-        return torch.from_numpy(tokens)
+        return rectangle(self._caption, captions, self.context, PAD)
 
     def digest(self) -> str:
         """sha256 of all that decides which tokens a caption gets."""

@@ -15,7 +15,7 @@ import hashlib
 import html
 import importlib.util
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -58,11 +58,7 @@ class ClipTokenizer:
         self._word = lru_cache(maxsize=4 * cached)(self._encode_word)
 
     def __call__(self, captions: Sequence[str]) -> torch.Tensor:
-        tokens = np.zeros((len(captions), self.context), dtype=np.int64)
-        for row, caption in zip(tokens, captions):
-            ids = self._caption(caption)
-            row[: len(ids)] = ids
-        return torch.from_numpy(tokens)
+        return rectangle(self._caption, captions, self.context, pad=0)
 
     def digest(self) -> str:
         """sha256 of all that decides which tokens a caption gets."""
@@ -101,6 +97,17 @@ class ClipTokenizer:
 
     def _rank(self, pair: tuple[str, str]) -> int:
         return self._ranks.get(pair, VOCAB_SIZE)
+
+
+def rectangle(
+    ids_of: Callable[[str], Sequence[int] | np.ndarray], captions: Sequence[str], context: int, pad: int
+) -> torch.Tensor:
+    """(B, context) int64: each caption's ids, no more than `context`, and `pad` behind them."""
+    tokens = np.full((len(captions), context), pad, dtype=np.int64)
+    for row, caption in zip(tokens, captions):
+        ids = ids_of(caption)
+        row[: len(ids)] = ids
+    return torch.from_numpy(tokens)
 
 
 def clean(text: str) -> str:

@@ -20,7 +20,7 @@ from pretrain.models.trunk import Trunk
 from pretrain.recipe import ModelRecipe, TextRecipe
 from pretrain.views.tokenizer import END, START
 from pretrain.weights.files import read_weights
-from pretrain.weights.naming import TEMPERATURE, Names, Rule, covered, exported, load, table, without
+from pretrain.weights.naming import TEMPERATURE, Names, Rule, copied, covered, exported, load, table, without
 
 BESIDE = (*TEMPERATURE, "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 
@@ -92,9 +92,7 @@ def to_hf(
     )
     for name, value in temperature.items():
         tensors[name] = torch.as_tensor(value, dtype=torch.float32).detach().reshape(1 if siglip else ())
-    return {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}, _config(
-        trunk, model, siglip
-    )
+    return copied(tensors), _config(trunk, model, siglip)
 
 
 def names(trunk: Trunk) -> Names:

@@ -79,6 +79,11 @@ def exported(trunk: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in trunk.state_dict().items() if not name.startswith("image.regions.")}
 
 
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, row-major: what others' classes and files are given."""
+    return {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+
+
 def without(named: Mapping[str, Tensor], beside: Iterable[str]) -> dict[str, Tensor]:
     """`named` less what is no weight of a trunk."""
     apart = set(beside)

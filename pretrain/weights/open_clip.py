@@ -22,7 +22,7 @@ from pretrain.models.trunk import Trunk
 from pretrain.recipe import ModelRecipe, TextRecipe
 from pretrain.recipe.model import OPENAI_MEAN, OPENAI_STD
 from pretrain.weights.files import read_weights
-from pretrain.weights.naming import TEMPERATURE, Names, Rule, covered, exported, load, without
+from pretrain.weights.naming import TEMPERATURE, Names, Rule, copied, covered, exported, load, without
 from pretrain.weights.timm import backbone_names
 
 VIT = (
@@ -144,7 +144,7 @@ def to_open_clip(
     for name, value in {"logit_scale": logit_scale, "logit_bias": logit_bias}.items():
         if value is not None:
             found[name] = torch.as_tensor(value, dtype=torch.float32).reshape(())
-    return {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in found.items()}
+    return copied(found)
 
 
 def names(trunk: Trunk, timm_tower: bool) -> Names:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from pretrain.models.trunk import Trunk
 from pretrain.weights.files import read_weights
-from pretrain.weights.naming import Rule, load
+from pretrain.weights.naming import Rule, copied, load
 
 BACKBONE = "image.backbone."
 
@@ -36,10 +35,7 @@ def to_timm(trunk: Trunk) -> dict[str, Tensor]:
     """The image backbone as `timm.create_model(name, num_classes=0)` loads it; CLIP's ResNets with
     `num_classes=embed_dim`. Tensors are copies on the CPU."""
     own = trunk.state_dict()
-    return {
-        theirs: own[ours].detach().cpu().clone(memory_format=torch.contiguous_format)
-        for ours, (theirs, _) in backbone_names(trunk).items()
-    }
+    return copied({theirs: own[ours] for ours, (theirs, _) in backbone_names(trunk).items()})
 
 
 def backbone_names(trunk: Trunk, prefix: str = "") -> dict[str, tuple[str, Rule]]:
