@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pretrain.backends.ddp import DDP
+from pretrain.backends import build_backend
+from pretrain.backends.base import Backend
 from pretrain.backends.replicated import Replicated
 from pretrain.checkpoint import Checkpoint
 from pretrain.distributed.process import Process
@@ -21,6 +22,7 @@ from pretrain.models.trunk import Trunk, build_trunk
 from pretrain.objectives import build
 from pretrain.objectives.base import RunFacts
 from pretrain.objectives.joint import Joint
+from pretrain.probe import freeze_unreached, probe_inputs
 from pretrain.recipe import Recipe
 from pretrain.step import TwoStage
 from pretrain.weights.init import load_init
@@ -33,7 +35,7 @@ class Parts:
     """What a training step works with."""
 
     joint: Joint
-    backend: DDP
+    backend: Backend
     replicated: Replicated
     two_stage: TwoStage
 
@@ -59,7 +61,11 @@ def assemble(recipe: Recipe, samples: int, process: Process, checkpoint: Checkpo
             log.info(f"{report}")
             for warning in report.warnings:
                 log.warning(warning)
-    backend = DDP(trunk, recipe, process, teacher=teacher)
+    context = recipe.model.text.context if recipe.model.text else 0
+    unreached = freeze_unreached(trunk, probe_inputs(joint, recipe, context))
+    if unreached and process.first:
+        log.warning(f"{len(unreached)} tensors of the trunk are not trained: no objective reaches them")
+    backend = build_backend(trunk, recipe, process, teacher=teacher)
     replicated = Replicated(joint, recipe.optimizer, process)
     two_stage = TwoStage(
         backend, joint, accumulation=recipe.accumulation, seed=recipe.seed, rank=process.rank, group=None

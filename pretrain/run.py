@@ -22,7 +22,8 @@ from pretrain.recipe import Recipe, dump_recipe, load_recipe
 log = logging.getLogger(__name__)
 
 FREE_TO_CHANGE = (
-    "output", "world", "accumulation", "steps", "epochs", "log", "checkpoint", "backend",
+    "output", "world", "accumulation", "local_batch", "steps", "epochs", "log", "checkpoint", "backend", "sharding",
+    "precision", "compute", "faults", "evaluate",
     "data.threads", "data.prefetch", "data.max_damaged", "data.segments", "optimizer.lr", "optimizer.clip_norm",
 )  # fmt: skip
 """Keys a resumed run may set anew (each start's changes are in run.json): the order of data and the model stay."""

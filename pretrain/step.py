@@ -140,10 +140,13 @@ def update(
             same and none has stepped.
     """
     replicated.reduce()
-    parameters = backend.parameters() + replicated.parameters()
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm or torch.inf)
+    norm = (backend.squared_norm() + replicated.squared_norm()).sqrt()
     if not torch.isfinite(norm + result.loss):
         raise NonFiniteError(result.loss.item(), norm.item())
+    if clip_norm is not None:
+        factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        backend.scale_gradients(factor)
+        replicated.scale_gradients(factor)
     momentum = joint.teacher_momentum(step)
     backend.step(rates)
     replicated.step(rates)

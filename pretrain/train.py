@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.backends.ddp import DDP
+from pretrain.backends import Backend
 from pretrain.backends.replicated import Replicated
 from pretrain.checkpoint import (
     Checkpoint,
@@ -122,7 +122,7 @@ class _Run:
     order: Order
     reader: Reader
     joint: Joint
-    backend: DDP
+    backend: Backend
     replicated: Replicated
     two_stage: TwoStage
     writer: CheckpointWriter

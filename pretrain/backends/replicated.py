@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
+from pretrain.backends.gradients import drop, scale, squared_norm
 from pretrain.backends.state import load_optimizer, optimizer_tensors
 from pretrain.checkpoint import Checkpoint, Fragment, slice_for_rank
 from pretrain.distributed.process import Process
@@ -30,6 +31,23 @@ class Replicated:
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self._module.parameters() if p.requires_grad]
+
+    def squared_norm(self) -> Tensor:
+        """Scalar in float64: sum of squares of the gradients."""
+        return squared_norm(self.parameters(), self._process.device)
+
+    def scale_gradients(self, factor: Tensor) -> None:
+        """Multiply all gradients by a scalar, before the step."""
+        scale(self.parameters(), factor)
+
+    def drop_gradients(self) -> None:
+        """Clear the gradients: this step is not taken."""
+        drop(self.parameters())
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Every parameter's mean gradient, between `reduce` and `step`, by name in the checkpoint's way."""
+        named = self._module.named_parameters()
+        return {f"objective.{n}": p.grad.detach().cpu().clone() for n, p in named if p.grad is not None}
 
     def reduce(self) -> None:
         """Mean of the gradients over the ranks, in one flat collective."""
@@ -52,7 +70,7 @@ class Replicated:
         if self._optimizer is not None:
             set_rates(self._optimizer, rates)
             self._optimizer.step()
-            self._optimizer.zero_grad(set_to_none=True)
+        self.drop_gradients()
 
     def fragments(self) -> list[Fragment]:
         tensors = {f"objective.{name}": t for name, t in self._module.state_dict().items()}

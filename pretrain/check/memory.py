@@ -1,95 +1,26 @@
 """What a rank's GPU must hold, counted rather than guessed: one micro-batch on torch's meta device, without memory.
 
-A forward on the meta device goes through every layer and computes nothing, so a ViT-bigG takes seconds. The tensors
-that autograd keeps for the backward are counted by their storages, weights left out. Two things the meta device does
-not do by itself are done here as a GPU does them: attention that keeps no matrix of scores, and autocast to bf16.
+The tensors that autograd keeps for the backward are counted by their storages, weights left out.
 
 Not counted: what a backward holds for a moment, the allocator's gaps, the CUDA context, cuDNN's workspaces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.errors import UserError
-from pretrain.models.request import FeatureRequest, RegionInput
+from pretrain.models.request import FeatureRequest
 from pretrain.models.trunk import Trunk
 from pretrain.objectives.base import Features
 from pretrain.objectives.joint import Joint
+from pretrain.probe import ROWS, AsOnGpu, probe_inputs, run_probe
 from pretrain.reader import Batch
 from pretrain.recipe import OptimizerRecipe, Recipe
-from pretrain.views.regions import Regions
-
-ROWS = 2  # of the micro-batch that is measured; everything but the weights grows in proportion
-
-_LOW = {F.linear, F.conv2d, torch.conv2d, torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, torch.einsum}
-_FULL = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax, F.normalize}
-"""What CUDA's autocast runs in bf16, and what in fp32, of the operations that towers are made of."""
-
-
-class AsOnGpu(TorchFunctionMode):
-    """Attention without its matrix of scores, and with `bf16` the casts of CUDA's autocast, on the meta device.
-
-    Tensors that are real because they decide shapes (token ids, masks) go along where they meet one of the meta device.
-    """
-
-    def __init__(self, bf16: bool) -> None:
-        super().__init__()
-        self.bf16 = bf16
-        self.casts: dict[int, Tensor] = {}
-        """Weights in bf16, by the id of the weight: autocast casts each once a forward and keeps it."""
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        args, kwargs = _together(args, kwargs or {})
-        if self.bf16 and (func in _LOW or func is F.scaled_dot_product_attention):
-            args, kwargs = tree_map(self._low, (args, kwargs))
-        elif self.bf16 and func in _FULL:
-            args, kwargs = tree_map(lambda x: x.float() if _is_float(x) else x, (args, kwargs))
-        if func is F.scaled_dot_product_attention and args[0].is_meta:
-            return _attention(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _low(self, x: Any) -> Any:
-        if not _is_float(x) or x.dtype == torch.bfloat16:
-            return x
-        if not isinstance(x, nn.Parameter):
-            return x.bfloat16()
-        if id(x) not in self.casts:
-            self.casts[id(x)] = x.bfloat16()
-        return self.casts[id(x)]
-
-
-def _together(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    if any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves((args, kwargs))):
-        return tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))
-    return args, kwargs
-
-
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    **_: Any,
-) -> Tensor:
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = attn_mask.to(q.dtype)
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return flash(q, k, v, dropout_p, is_causal, attn_mask=attn_mask)[0]
-
-
-def _is_float(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 class SavedBytes:
@@ -126,7 +57,7 @@ def towers(trunk: Trunk, joint: Joint, recipe: Recipe, tokens: int) -> dict[str,
     trunk: on the meta device. tokens: of a caption.
     """
     asked, bf16 = joint.requests(), recipe.precision == "bf16"
-    inputs = _inputs(joint, recipe, tokens)
+    inputs = probe_inputs(joint, recipe, tokens)
     found: dict[str, Any] = {"activations": 0, "cast_weights": 0, "mflops": {}}
     for tower, teacher in dict.fromkeys((r.tower, r.teacher) for r in asked):
         part = {r: inputs[r] for r in asked if (r.tower, r.teacher) == (tower, teacher)}
@@ -151,16 +82,9 @@ def forward(trunk: nn.Module, inputs: dict[FeatureRequest, Any], *, bf16: bool, 
     """What one forward costs; on the meta device it is not computed."""
     flops, gpu = FlopCounterMode(display=False), AsOnGpu(bf16)
     with torch.set_grad_enabled(graph), flops, gpu, SavedBytes([*trunk.parameters(), *trunk.buffers()]) as saved:
-        _run(trunk, inputs)
+        run_probe(trunk, inputs)
     casts = list(gpu.casts.values())
     return Cost(saved.bytes(without=casts), sum(c.nbytes for c in casts), flops.get_total_flops())
-
-
-def _run(trunk: nn.Module, inputs: dict[FeatureRequest, Any]) -> None:
-    try:
-        trunk(inputs)
-    except (RuntimeError, IndexError) as error:
-        raise UserError(f"model: the towers cannot be run as they are built: {str(error).splitlines()[0]}") from error
 
 
 def heads(trunk: Trunk, joint: Joint) -> int | None:
@@ -237,35 +161,6 @@ def trained(module: nn.Module) -> int:
 def optimizer_copies(optimizer: OptimizerRecipe) -> int:
     """Tensors the optimizer keeps for every trained one."""
     return 2 if optimizer.name == "adamw" else int(optimizer.momentum > 0)
-
-
-def _inputs(joint: Joint, recipe: Recipe, tokens: int) -> dict[FeatureRequest, Any]:
-    """ROWS rows of everything that is asked: images on the meta device, texts and boxes real (they decide shapes)."""
-    images = {
-        view.name: torch.empty(ROWS, 3, view.size, view.size, dtype=torch.uint8, device="meta")
-        for view in joint.image_views(recipe.model.image_size)
-    }
-    line = F.pad(torch.arange(1, tokens + 1), (0, _context(recipe) - tokens))  # the highest id is the end
-    text = line.expand(ROWS, -1)
-    regions = {view.name: view for view in joint.region_views()}
-    inputs: dict[FeatureRequest, Any] = {}
-    for request in joint.requests():
-        if request.output == "regions":
-            view = regions[request.view]
-            inputs[request] = RegionInput(_regions(view.most, view.stored_dim), view.of, images[view.of])
-        else:
-            inputs[request] = images[request.view] if request.tower == "image" else text
-    return inputs
-
-
-def _context(recipe: Recipe) -> int:
-    return recipe.model.text.context if recipe.model.text else 0
-
-
-def _regions(most: int, stored_dim: int | None) -> Regions:
-    boxes = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(ROWS, most, 4)
-    features = torch.zeros(ROWS, most, stored_dim + 4 if stored_dim else 0, dtype=torch.float16)
-    return Regions(boxes, features, torch.ones(ROWS, most, dtype=torch.bool))
 
 
 def _meta(*shape: int) -> Tensor:

@@ -9,16 +9,22 @@ from pretrain.recipe.model import OPENAI_MEAN, OPENAI_STD, LockRecipe, ModelReci
 from pretrain.recipe.reading import dump_recipe, load_recipe, parse_recipe, shipped_recipes
 from pretrain.recipe.run import (
     CheckpointRecipe,
+    ComputeRecipe,
     EmaRecipe,
+    EvaluateRecipe,
+    FaultsRecipe,
     InitRecipe,
     LogRecipe,
     OptimizerRecipe,
     ScheduleRecipe,
+    ShardingRecipe,
+    WandbRecipe,
 )
 from pretrain.recipe.whole import Recipe, check_split
 
 __all__ = [
-    "OPENAI_MEAN", "OPENAI_STD", "CheckpointRecipe", "DataRecipe", "EmaRecipe", "InitRecipe", "LockRecipe",
-    "LogRecipe", "ModelRecipe", "OptimizerRecipe", "Recipe", "RegionRecipe", "ScheduleRecipe", "SegmentRecipe",
-    "SourceRecipe", "TextRecipe", "check_split", "dump_recipe", "load_recipe", "parse_recipe", "shipped_recipes",
+    "OPENAI_MEAN", "OPENAI_STD", "CheckpointRecipe", "ComputeRecipe", "DataRecipe", "EmaRecipe", "EvaluateRecipe",
+    "FaultsRecipe", "InitRecipe", "LockRecipe", "LogRecipe", "ModelRecipe", "OptimizerRecipe", "Recipe", "RegionRecipe",
+    "ScheduleRecipe", "SegmentRecipe", "ShardingRecipe", "SourceRecipe", "TextRecipe", "WandbRecipe", "check_split",
+    "dump_recipe", "load_recipe", "parse_recipe", "shipped_recipes",
 ]  # fmt: skip

@@ -13,8 +13,9 @@ from pretrain.recipe.base import Part
 class OptimizerRecipe(Part):
     """AdamW as CLIP used it, SGD, or LARS: of the trunk and of the objectives' own parameters alike."""
 
-    name: Literal["adamw", "sgd", "lars"] = "adamw"
-    """lars: SGD with every tensor's gradient scaled to the tensor's length, as SwAV (apex's LARC, not clipped)."""
+    name: Literal["adamw", "sgd", "lars", "muon"] = "adamw"
+    """lars: SGD with every tensor's gradient scaled to the tensor's length, as SwAV (apex's LARC, not clipped). muon:
+    torch's, for the matrices of the towers' blocks; AdamW for everything else, embeddings and projections too."""
     lr: float = Field(default=5e-4, gt=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.98)
@@ -58,7 +59,7 @@ class ScheduleRecipe(Part):
 
 
 class CheckpointRecipe(Part):
-    """When to save."""
+    """When to save, and where."""
 
     every: int = Field(default=1000, ge=1)
     """Steps between saves; the last step is always saved."""
@@ -66,6 +67,17 @@ class CheckpointRecipe(Part):
     """Newest whole checkpoints kept."""
     keep_every: int | None = Field(default=None, ge=1)
     """Steps that are multiples of this are kept for good."""
+    to: str | None = None
+    """Another folder, or a URL that fsspec opens (`s3://bucket/run`, `gs://…`); null: `checkpoints` in the run's own
+    folder."""
+
+
+class WandbRecipe(Part):
+    """Weights & Biases, beside the run's own log; a resumed run goes on in the same place."""
+
+    project: str
+    mode: Literal["online", "offline"] = "online"
+    entity: str | None = None
 
 
 class LogRecipe(Part):
@@ -76,6 +88,10 @@ class LogRecipe(Part):
     signals_every: int = Field(default=100, ge=1)
     """Steps between RankMe and embedding spread of the global batch."""
     tensorboard: bool = True
+    wandb: WandbRecipe | None = None
+    """null: not used. Needs `pip install wandb`."""
+    page_every: int = Field(default=100, ge=1)
+    """Steps between new versions of the run's page, RUN/index.html; it is written at each save and end too."""
 
 
 class InitRecipe(Part):
@@ -96,3 +112,67 @@ class EmaRecipe(Part):
     """How much of the average stays at each step."""
     warmup: bool = True
     """min(decay, (1 + step) / (10 + step)): an average of the first steps forgets where it began."""
+
+
+class ShardingRecipe(Part):
+    """How fsdp2 and zero1-3 spread the trunk; ddp has no use for it."""
+
+    within: int | None = Field(default=None, ge=1)
+    """fsdp2: ranks that share one copy of the weights (those of a node, say), replicated over groups of so many
+    (hybrid sharding); null: all ranks share one copy."""
+    offload: bool = False
+    """Optimizer state in host memory (zero1-3), with fsdp2 and zero3 the weights too."""
+    reshard_after_forward: bool = True
+    """fsdp2: gather a block's weights again for the backward. false: faster, and whole weights stay in between."""
+
+
+class ComputeRecipe(Part):
+    """How the towers are computed. What comes out is the same up to rounding."""
+
+    checkpoint_blocks: bool = False
+    """Keep only what enters a block, and compute its inside again in the backward: a quarter or less of the
+    activations for a third more time (Chen et al. 2016)."""
+    attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
+    """Kernel of scaled_dot_product_attention; auto: torch's choice."""
+    compile: bool = False
+    """torch.compile, block by block; the first steps take minutes."""
+    channels_last: bool = True
+    """Memory layout of convolutional towers."""
+
+
+class FaultsRecipe(Part):
+    """What is done when something goes wrong."""
+
+    nan: Literal["raise", "skip", "rewind"] = "raise"
+    """A loss or gradient that is not finite. raise: stop, nothing touched. skip: leave that step out, weights and state
+    as they were. rewind: go back to the newest checkpoint and on without the batches from there to the bad one."""
+    max_nan: int = Field(default=10, ge=1)
+    """Skips and rewinds in a run before it stops all the same."""
+    spike: float | None = Field(default=None, gt=0)
+    """A loss this many median deviations above the median of the last `spike_window` steps is a spike: its sample ids
+    are written to RUN/spikes.jsonl. null: not looked for."""
+    spike_window: int = Field(default=100, ge=10)
+    hang_s: float | None = Field(default=1800, gt=0)
+    """Seconds without progress after which a rank writes the stacks of all its threads and ends; null: never."""
+    heartbeat_s: float = Field(default=10, gt=0)
+    """Seconds between a rank's signs of life in RUN/heartbeat."""
+    straggler: float = Field(default=1.25, gt=1)
+    """Name a rank whose own part of a step takes this many times the median of all ranks."""
+    max_crashes: int = Field(default=5, ge=1)
+    """Starts from one and the same step that ended in a crash, after which another is refused."""
+
+
+class EvaluateRecipe(Part):
+    """Evaluation while the run goes on, on all ranks."""
+
+    every: int = Field(ge=1)
+    """Steps between evaluations; the last step is always evaluated."""
+    on: str
+    """Shards that are evaluated: a folder of tars, as in data.sources."""
+    train: str | None = None
+    """Labelled shards that kNN votes with; needed by knn."""
+    tasks: list[Literal["knn", "retrieval", "zeroshot", "rankme"]] = Field(default=["rankme"], min_length=1)
+    samples: int | None = Field(default=5000, ge=1)
+    """The first so many of each; null: all."""
+    weights: Literal["model", "teacher", "ema"] = "model"
+    """Which weights are evaluated."""

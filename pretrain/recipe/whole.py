@@ -13,11 +13,15 @@ from pretrain.recipe.data import DataRecipe
 from pretrain.recipe.model import ModelRecipe
 from pretrain.recipe.run import (
     CheckpointRecipe,
+    ComputeRecipe,
     EmaRecipe,
+    EvaluateRecipe,
+    FaultsRecipe,
     InitRecipe,
     LogRecipe,
     OptimizerRecipe,
     ScheduleRecipe,
+    ShardingRecipe,
 )
 
 
@@ -33,7 +37,10 @@ class Recipe(Part):
     """Run folder: recipe, log, checkpoints. The same folder resumes."""
     world: int | None = Field(default=None, ge=1)
     """Ranks this recipe needs; another number is refused. `python -m pretrain` alone starts that many here."""
-    backend: Literal["ddp"] = "ddp"
+    backend: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
+    """What is spread over the ranks. ddp: nothing; zero1: optimizer state; zero2: gradients too; zero3 and fsdp2:
+    weights too. Any can go on from another's checkpoint. auto: what an accelerate config asks for, else ddp."""
+    sharding: ShardingRecipe = ShardingRecipe()
     seed: int = Field(default=0, ge=0)
     steps: int | None = Field(default=None, ge=1)
     """Optimizer steps in all. Either this or `epochs`."""
@@ -43,8 +50,13 @@ class Recipe(Part):
     """Samples an optimizer step, over all ranks and micro-steps."""
     accumulation: int = Field(default=1, ge=1)
     """Micro-steps a step. Exact: features are cached, the loss sees the whole batch."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast of the towers; losses and reductions stay fp32."""
+    local_batch: int | Literal["auto"] | None = None
+    """Samples a rank takes at once, in place of `accumulation`; auto: the most that the estimate of memory allows.
+    null: global_batch / (world · accumulation)."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """bf16, fp16: autocast of the towers, fp16 with a loss scale; weights, losses and reductions stay fp32. auto: what
+    an accelerate config asks for, else fp32."""
+    compute: ComputeRecipe = ComputeRecipe()
     deterministic: bool = True
     """Only algorithms that give the same bits each time."""
     data: DataRecipe
@@ -59,6 +71,9 @@ class Recipe(Part):
     schedule: ScheduleRecipe = ScheduleRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()
     log: LogRecipe = LogRecipe()
+    faults: FaultsRecipe = FaultsRecipe()
+    evaluate: EvaluateRecipe | None = None
+    """null: no evaluation during training."""
 
     @model_validator(mode="after")
     def _as_a_whole(self) -> Recipe:

@@ -14,6 +14,7 @@ from pretrain.__main__ import main
 from pretrain.check import Report, check, memory
 from pretrain.checkpoint import find_latest
 from pretrain.parts import build_modules
+from pretrain.probe import probe_inputs
 from pretrain.recipe import parse_recipe
 from tests.runs import train_here
 from tests.tiny import RESNET, VIT, add, picture, recipe_data, write_recipe, write_shards
@@ -73,7 +74,7 @@ def test_the_activations_are_what_autograd_really_keeps(name, precision):
     with torch.device("meta"):
         on_meta, joint, _ = build_modules(recipe, 60, 0, 1)
     trunk, *_ = build_modules(recipe, 60, 0, 1)
-    inputs = memory._inputs(joint, recipe, 9)
+    inputs = probe_inputs(joint, recipe, 9)
     counted = memory.forward(on_meta, inputs, bf16=precision == "bf16")
     with (
         torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),

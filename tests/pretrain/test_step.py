@@ -19,6 +19,7 @@ from pretrain.models.trunk import build_trunk
 from pretrain.objectives import build
 from pretrain.objectives.joint import Joint
 from pretrain.optim.schedule import Rates
+from pretrain.probe import freeze_unreached
 from pretrain.reader import Batch
 from pretrain.recipe import Recipe, parse_recipe
 from pretrain.step import NonFiniteError, TwoStage, update
@@ -116,7 +117,7 @@ def test_every_gradient_equals_the_dense_formula(world):
 def test_an_update_clips_the_joint_norm_and_keeps_the_temperature_in_bounds():
     for bound in (None, 1e-3):
         backend, replicated, joint, result = one_step()
-        parameters = backend.parameters() + replicated.parameters()
+        parameters = [*backend.trunk.parameters(), *replicated.parameters()]
         joint.by_name["clip"].logit_scale.data.fill_(4.9)  # beyond log 100
         norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
         kept = {p: p.grad for p in parameters if p.grad is not None}
@@ -130,7 +131,7 @@ def test_an_update_clips_the_joint_norm_and_keeps_the_temperature_in_bounds():
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_what_is_not_finite_touches_no_weight(where):
     backend, replicated, joint, result = one_step()
-    parameters = backend.parameters() + replicated.parameters()
+    parameters = [*backend.trunk.parameters(), *replicated.parameters()]
     before = [p.detach().clone() for p in parameters]
     if where == "loss":
         result.loss.fill_(torch.nan)
@@ -208,7 +209,11 @@ def test_a_tower_that_no_objective_reads_does_not_stop_two_ranks():
 
 def train_image_only(rank: int, world: int) -> tuple:
     r = recipe(VIT, 1)
-    backend = DDP(build_trunk(r.model, seed=1), r, Process(rank, world, 0, torch.device("cpu")))
+    trunk = build_trunk(r.model, seed=1)
+    size = r.model.image_size
+    unreached = freeze_unreached(trunk, {IMAGE: torch.empty(2, 3, size, size, dtype=torch.uint8, device="meta")})
+    assert unreached == [n for n, _ in trunk.named_parameters() if n.startswith("text.")]
+    backend = DDP(trunk, r, Process(rank, world, 0, torch.device("cpu")))
     inputs = {IMAGE: global_batch(r.model.image_size).rows(rank * 12, rank * 12 + 12).images["clip"]}
     backend.warm_up(inputs)
     before = probe(backend)
