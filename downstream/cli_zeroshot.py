@@ -26,21 +26,15 @@ def run(args: argparse.Namespace) -> int:
     from downstream.evaluate import evaluate_zeroshot
     from downstream.samples import Samples
     from downstream.weights import open_weights
-    from downstream.zeroshot import PLAIN, check_templates, read_lines
+    from downstream.zeroshot import names_and_templates
     from pretrain.distributed.process import process_group
-    from pretrain.errors import UserError
 
     samples = Samples(args.shards)
-    names = args.classnames or samples.beside("classnames.txt")
-    if names is None:
-        raise UserError(f"{args.shards}: no classnames.txt there; name a file with --classnames")
-    forms = args.templates or samples.beside("zeroshot_classification_templates.txt")
-    templates = read_lines(forms) if forms else PLAIN
-    check_templates(templates, str(forms))
+    classnames, templates = names_and_templates(samples, args.classnames, args.templates)
     with process_group() as process:
         weights = open_weights(
             args.checkpoint, untrained=args.untrained, weights=args.weights, device=process.device, name=args.name
         )
-        if done := evaluate_zeroshot(weights, samples, read_lines(names), templates):
+        if done := evaluate_zeroshot(weights, samples, classnames, templates):
             hand_over(done, args.out)
     return 0

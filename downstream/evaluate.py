@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from downstream import classification, knn, pictures, retrieval, zeroshot
+from downstream import classification, knn, pictures, retrieval, scores, zeroshot
 from downstream.features import Images, encode_captions, encode_images, encode_texts
 from downstream.intervals import DRAWS
 from downstream.results import Result
 from downstream.samples import Samples
 from downstream.weights import Output, Weights
 from pretrain.distributed.groups import Group, resolve
-from pretrain.errors import UserError
 
 SEED = 0  # of intervals and of what is shown; not an option: two reports should show the same
 
@@ -39,16 +38,11 @@ def evaluate_retrieval(weights: Weights, samples: Samples, *, group: Group = Non
     """
     images = encode_images(weights, samples, group=group)
     captions = encode_captions(weights, samples, group=group)
-    usable = np.flatnonzero(images.whole[captions.image])
-    ids = np.flatnonzero(images.whole)
-    owner = (np.cumsum(images.whole) - 1)[captions.image[usable]]
-    vectors, texts = images.vectors[ids], captions.vectors[usable]
-    if not len(texts):
-        raise UserError(f"{samples.spec}: no sample has both an image and a caption that can be read")
-    ranks = retrieval.rank(vectors, texts, owner, device=weights.encoder.device, group=group)
+    found = scores.retrieve(images, captions, samples.spec, device=weights.device, group=group)
     if resolve(group)[1]:
         return None
-    counts = {"images": len(ids), "captions": len(texts)}
+    ids, ranks = found.ids, found.ranks
+    counts = {"images": len(ids), "captions": len(found.usable)}
     notes = _damage(images, samples) + _captions_left(captions.damaged, len(ids) - len(ranks.text))
     result = Result(
         **_names(weights, samples, "zeroshot_retrieval"),
@@ -57,21 +51,16 @@ def evaluate_retrieval(weights: Weights, samples: Samples, *, group: Group = Non
         chance=retrieval.chance(ranks),
         details=_details(weights, "embedding", counts, notes, "images, each with all its captions"),
     )
-    written = [captions.texts[q] for q in usable]
-    shown = _retrieval_pictures(samples, vectors, texts, ranks, ids, images.labels[ids], written)
+    written = [captions.texts[q] for q in found.usable]
+    shown = _retrieval_pictures(samples, found, images.labels[ids], written)
     return Evaluation(result, shown)
 
 
 def _retrieval_pictures(
-    samples: Samples,
-    images: np.ndarray,
-    texts: np.ndarray,
-    ranks: retrieval.Ranks,
-    ids: np.ndarray,
-    labels: np.ndarray,
-    written: list[str],
+    samples: Samples, found: scores.Retrieved, labels: np.ndarray, written: list[str]
 ) -> dict[str, Any]:
     thumbnails = pictures.Thumbnails(samples)
+    images, texts, ids, ranks = found.images, found.captions, found.ids, found.ranks
     owner, asked = ranks.owner, np.unique(ranks.owner)
     return {
         "chosen": pictures.how_chosen(SEED),
@@ -93,21 +82,14 @@ def evaluate_knn(
         UserError: no labelled image that can be read on either side.
     """
     bank, queries = (encode_images(weights, s, output=output, group=group) for s in (train, test))
-    train_ids, test_ids = (np.flatnonzero(x.whole & (x.labels >= 0)) for x in (bank, queries))
-    train_labels, test_labels = bank.labels[train_ids], queries.labels[test_ids]
-    knn.check_labels(train_labels, test_labels, train.spec, test.spec)
-    vectors = queries.vectors[test_ids]
     most = max(p.k for p in knn.PROTOCOLS)
-    device = weights.encoder.device
-    similarity, found = knn.nearest(vectors, bank.vectors[train_ids], most, device=device, group=group)
+    near = scores.neighbours(bank, queries, most, train.spec, test.spec, device=weights.device, group=group)
     if resolve(group)[1]:
         return None
-    size = int(max(train_labels.max(), test_labels.max())) + 1
-    classes = len(np.unique(train_labels))
-    voted = train_labels[found]
-    answers = {p.name: knn.classify(similarity, voted, test_labels, size, classes, p) for p in knn.PROTOCOLS}
+    answers = {p.name: near.answers(p) for p in knn.PROTOCOLS}
+    classes, train_ids, test_ids = near.classes, near.train_ids, near.test_ids
     counts = {"training images": len(train_ids), "test images": len(test_ids), "classes": classes}
-    notes = _damage(bank, train) + _damage(queries, test) + knn.notes(train_labels, test_labels)
+    notes = _damage(bank, train) + _damage(queries, test) + knn.notes(near.train_labels, near.test_labels)
     notes += _unlabelled(bank, train) + _unlabelled(queries, test)
     result = Result(
         **_names(weights, test, "knn"),
@@ -117,15 +99,15 @@ def evaluate_knn(
         details=_details(weights, output, counts, notes, "test images"),
     )
     result.details["protocols"] = {p.name: {"k": p.k, "temperature": p.temperature} for p in knn.PROTOCOLS}
-    names = _class_names(test, size)
+    names = _class_names(test, near.size)
     first = answers[knn.PROTOCOLS[0].name]
     tests, trains = pictures.Thumbnails(test), pictures.Thumbnails(train)
-    near = pictures.Near(similarity, found, voted)
+    voters = pictures.Near(near.similarity, near.found, near.train_labels[near.found])
     shown = {
         "chosen": pictures.how_chosen(SEED),
-        "neighbours": pictures.labelled_neighbours(tests, trains, test_ids, train_ids, near, first, names, seed=SEED),
+        "neighbours": pictures.labelled_neighbours(tests, trains, test_ids, train_ids, voters, first, names, seed=SEED),
         "confusion": pictures.confusion(first, names),
-        "map": pictures.embedding_map(tests, vectors, test_ids, test_labels, names, seed=SEED),
+        "map": pictures.embedding_map(tests, queries.vectors[test_ids], test_ids, near.test_labels, names, seed=SEED),
     }
     return Evaluation(result, shown)
 
@@ -139,14 +121,12 @@ def evaluate_zeroshot(
         UserError: no labelled image can be read, a label has no class name, or the encoder has no text tower.
     """
     images = encode_images(weights, samples, group=group)
-    ids = np.flatnonzero(images.whole & (images.labels >= 0))
-    vectors, labels = images.vectors[ids], images.labels[ids]
-    _check_classes(labels, ids, classnames, samples)
+    zeroshot.check_classes(np.where(images.whole, images.labels, -1), classnames, samples)
     prompts = encode_texts(weights, zeroshot.prompts(classnames, templates), group=group)
     if resolve(group)[1]:
         return None
-    names = zeroshot.classifier(prompts, len(classnames))
-    answers = zeroshot.classify(vectors, names, labels)
+    found = scores.name(images, prompts, len(classnames))
+    ids, labels, answers = found.ids, found.labels, found.answers
     counts = {"images": len(ids), "classes": len(classnames), "templates": len(templates)}
     notes = _damage(images, samples) + _unlabelled(images, samples)
     result = Result(
@@ -161,22 +141,12 @@ def evaluate_zeroshot(
     shown = {
         "chosen": pictures.how_chosen(SEED),
         "named": pictures.images_find(
-            thumbnails, vectors, names, everyone, labels, ids, answers.ranks, classnames, seed=SEED
+            thumbnails, found.images, found.names, everyone, labels, ids, answers.ranks, classnames, seed=SEED
         ),
         "confusion": pictures.confusion(answers, classnames),
-        "map": pictures.embedding_map(thumbnails, vectors, ids, labels, classnames, seed=SEED),
+        "map": pictures.embedding_map(thumbnails, found.images, ids, labels, classnames, seed=SEED),
     }
     return Evaluation(result, shown)
-
-
-def _check_classes(labels: np.ndarray, ids: np.ndarray, classnames: list[str], samples: Samples) -> None:
-    if not len(ids):
-        raise UserError(f"{samples.spec}: no sample has an image and a class (a `cls` beside the image)")
-    if labels.max() >= len(classnames):
-        key = samples.key(int(ids[labels.argmax()]))
-        raise UserError(
-            f"{samples.spec}: {key} is of class {labels.max()}, but there are {len(classnames)} class names"
-        )
 
 
 def _names(weights: Weights, samples: Samples, task: str) -> dict[str, str]:

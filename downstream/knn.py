@@ -9,6 +9,7 @@ the five best).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -89,9 +90,9 @@ def check_labels(train: np.ndarray, test: np.ndarray, train_spec: str, test_spec
             raise UserError(f"{spec}: no sample has a class (a `cls` beside the image), so none can {use}")
 
 
-def notes(train: np.ndarray, test: np.ndarray) -> list[str]:
+def notes(train: np.ndarray, test: np.ndarray, protocols: Sequence[Protocol] = PROTOCOLS) -> list[str]:
     """What a reader must know of these labels: k cut to the bank, classes unseen, a bank out of balance."""
-    said = [f"{p.name}: only {len(train)} training images, so k = {len(train)}" for p in PROTOCOLS if p.k > len(train)]
+    said = [f"{p.name}: only {len(train)} training images, so k = {len(train)}" for p in protocols if p.k > len(train)]
     unseen = np.setdiff1d(test, train)
     if len(unseen):
         hit = np.isin(test, unseen).sum()

@@ -7,6 +7,7 @@ order.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,19 +22,26 @@ from pretrain.views.decode import DamagedSample
 MOST_CLASSES = 1_000_000  # tables are as wide as the highest class number
 SPLITS = {"train", "test", "val", "valid", "validation", "dev"}
 
+log = logging.getLogger(__name__)
+
 
 class Samples:
-    """The samples of a source by their place in its line. Opens a shard at a time, for one thread."""
+    """The samples of a source by their place in its line, or the `first` so many of them.
 
-    def __init__(self, spec: str) -> None:
+    Opens a shard at a time, for one thread.
+    """
+
+    def __init__(self, spec: str, first: int | None = None) -> None:
         self.spec = spec
         self.source: Source = open_source(spec)
         if not self.source.samples:
             raise UserError(f"{spec}: the shards there hold no samples")
+        self._number = min(first or self.source.samples, self.source.samples)
         self._open: tuple[int, int] | None = None  # (shard, file descriptor)
+        self._left_out: set[int] = set()
 
     def __len__(self) -> int:
-        return self.source.samples
+        return self._number
 
     @property
     def dataset(self) -> str:
@@ -91,6 +99,12 @@ class Samples:
     def labels(self, samples: Iterator[int] | range) -> np.ndarray:
         """Class numbers of these samples, (n,) int64."""
         return np.fromiter((self.label(i) for i in samples), np.int64)
+
+    def leave_out(self, sample: int, reason: str) -> None:
+        """Say in the log, once, that a sample cannot be used."""
+        if sample not in self._left_out:
+            self._left_out.add(sample)
+            log.warning("left out: %s (%s)", self.key(sample), reason)
 
     def close(self) -> None:
         """Close the shard that is open."""

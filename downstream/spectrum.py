@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from downstream.evaluate import Evaluation
-from downstream.features import encode_images
+from downstream.features import image_features
 from downstream.results import Result
 from downstream.samples import Samples
-from downstream.weights import Output, Weights
+from downstream.weights import Weights
 from pretrain.distributed.groups import Group, resolve
 from pretrain.errors import UserError
-from pretrain.models.request import FeatureRequest
 from pretrain.telemetry.signals import rankme
 
 COUNTED = 1e-3  # of the largest value: a direction that counts
@@ -59,15 +58,6 @@ def spectrum(features: Tensor) -> Spectrum:
     return Spectrum(torch.where(values > floor, values, 0), rankme(x))
 
 
-class _Raw(Weights):
-    """Features of their own length."""
-
-    @torch.inference_mode()
-    def image_features(self, images: Tensor, output: Output) -> Tensor:
-        request = FeatureRequest("image", "image", output)
-        return self.trunk({request: images.to(self.encoder.device)})[request].float()
-
-
 def evaluate_spectrum(
     weights: Weights, projector: tuple[str, nn.Module] | None, samples: Samples, *, group: Group = None
 ) -> Evaluation | None:
@@ -78,10 +68,10 @@ def evaluate_spectrum(
     Raises:
         UserError: fewer than two images can be read.
     """
-    images = encode_images(_Raw(**vars(weights)), samples, output="pooled", group=group)
+    features, whole = image_features(weights, samples, ("pooled",), group=group)
     if resolve(group)[1]:
         return None
-    pooled = torch.from_numpy(images.vectors[images.whole])
+    pooled = torch.from_numpy(features["pooled"][whole])
     if len(pooled) < 2:
         raise UserError(f"{samples.spec}: a spectrum needs two images or more; {len(pooled)} can be read")
     found = {"encoder": spectrum(pooled)}
@@ -101,7 +91,7 @@ def evaluate_spectrum(
         metrics=metrics,
         details=weights.origin()
         | {"features": "pooled", "counts": {"images": len(pooled), **widths}}
-        | {"notes": _notes(len(pooled), found, int((~images.whole).sum()))}
+        | {"notes": _notes(len(pooled), found, int((~whole).sum()))}
         | behind,
     )
     return Evaluation(result, {"spectrum": {part: _relative(s.values) for part, s in found.items()}})

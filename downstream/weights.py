@@ -6,12 +6,12 @@ is kept at hand here and asked for either.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from downstream.results import UNTRAINED
@@ -23,6 +23,32 @@ from pretrain.weights.native import load_trunk
 from pretrain.weights.which import Which
 
 Output = Literal["embedding", "pooled"]
+
+
+class Towers(Protocol):
+    """What an evaluation asks for vectors: a checkpoint's encoder here, in training the weights that are trained."""
+
+    name: str
+    """What messages call it."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def image_size(self) -> int: ...
+
+    @property
+    def has_text(self) -> bool: ...
+
+    def preprocess(self, image: bytes) -> Tensor:
+        """An encoded image as the tower sees it, uint8 (3, S, S); DamagedSample where it cannot be used."""
+
+    def image_features(self, images: Tensor, outputs: Sequence[Output]) -> dict[Output, Tensor]:
+        """(B, 3, S, S) uint8 -> (B, D) float32 on the device for each output: the embedding, or pooled before it; of
+        the length the tower gave them."""
+
+    def text_vectors(self, texts: list[str]) -> Tensor:
+        """(B, D) float32 unit rows."""
 
 
 @dataclass
@@ -37,21 +63,30 @@ class Weights:
     untrained: bool
     which: Which = "model"
 
-    @torch.inference_mode()
-    def image_features(self, images: Tensor, output: Output) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, D) float32 unit rows on the encoder's device: embedding, or pooled before
-        it.
-        """
-        request = FeatureRequest("image", "image", output)
-        features = self.trunk({request: images.to(self.encoder.device)})[request]
-        return F.normalize(features.float(), dim=-1)
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.device
 
-    def width(self, output: Output) -> int:
-        """D of `image_features`; asked of the tower itself for what lies before the projection."""
-        if output == "embedding":
-            return self.encoder.dim
-        size = self.encoder.image_size
-        return self.image_features(torch.zeros(1, 3, size, size, dtype=torch.uint8), output).shape[1]
+    @property
+    def image_size(self) -> int:
+        return self.encoder.image_size
+
+    @property
+    def has_text(self) -> bool:
+        return self.encoder.has_text
+
+    def preprocess(self, image: bytes) -> Tensor:
+        return self.encoder.preprocess(image)
+
+    @torch.inference_mode()
+    def image_features(self, images: Tensor, outputs: Sequence[Output]) -> dict[Output, Tensor]:
+        requests: dict[Output, FeatureRequest] = {o: FeatureRequest("image", "image", o) for o in outputs}
+        images = images.to(self.device)
+        found = self.trunk(dict.fromkeys(requests.values(), images))
+        return {output: found[request].float() for output, request in requests.items()}
+
+    def text_vectors(self, texts: list[str]) -> Tensor:
+        return torch.from_numpy(self.encoder.encode_text(texts, batch_size=len(texts)))
 
     def origin(self) -> dict[str, Any]:
         """What a result says of the weights it is of."""

@@ -12,10 +12,39 @@ from pathlib import Path
 import numpy as np
 
 from downstream.classification import Answers, answer
+from downstream.samples import Samples
 from pretrain.errors import UserError
 
 PLAIN = ["a photo of a {c}."]  # where the data set has no templates of its own
 BLOCK = 1024  # images scored at once: memory is BLOCK × classes
+
+
+def names_and_templates(
+    samples: Samples, names: Path | None = None, templates: Path | None = None
+) -> tuple[list[str], list[str]]:
+    """Class names and templates of these files, else of those beside the shards; else the plain template.
+
+    Raises:
+        UserError: no classnames.txt, or a file that cannot be used.
+    """
+    names = names or samples.beside("classnames.txt")
+    if names is None:
+        raise UserError(f"{samples.spec}: no classnames.txt there (one name a line, line = class)")
+    templates = templates or samples.beside("zeroshot_classification_templates.txt")
+    forms = read_lines(templates) if templates else PLAIN
+    check_templates(forms, str(templates))
+    return read_lines(names), forms
+
+
+def check_classes(labels: np.ndarray, classnames: list[str], samples: Samples) -> None:
+    """UserError unless there are classes (`labels` (N,), -1 = none) and all of them have names."""
+    if not (labels >= 0).any():
+        raise UserError(f"{samples.spec}: no sample has an image and a class (a `cls` beside the image)")
+    if labels.max() >= len(classnames):
+        key = samples.key(int(labels.argmax()))
+        raise UserError(
+            f"{samples.spec}: {key} is of class {labels.max()}, but there are {len(classnames)} class names"
+        )
 
 
 def read_lines(path: Path) -> list[str]:

@@ -15,6 +15,9 @@ VERBS = {
     "enrich": "pretrain.cli_enrich",
     "digits": "pretrain.cli_digits",
     "replay": "pretrain.cli_replay",
+    "certify": "pretrain.cli_certify",
+    "page": "pretrain.cli_page",
+    "profile": "pretrain.cli_profile",
     "export": "pretrain.cli_export",
 }
 

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from pretrain.errors import UserError
+from pretrain.exit_codes import REFUSED
 
 
 def main(prog: str, doc: str, verbs: Mapping[str, str], argv: Sequence[str] | None = None) -> int:
@@ -46,7 +47,7 @@ def call(prog: str, module_name: str, argv: Sequence[str]) -> int:
     try:
         return int(module.run(args) or 0)
     except UserError as error:
-        return _complain(prog, str(error))
+        return _complain(prog, str(error), error.exit_code)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
@@ -69,6 +70,6 @@ def _summary(module_name: str) -> str:
     return (importlib.import_module(module_name).__doc__ or "").strip().splitlines()[0]
 
 
-def _complain(prog: str, message: str) -> int:
+def _complain(prog: str, message: str, code: int = REFUSED) -> int:
     print(f"{prog}: error: {message}", file=sys.stderr)
-    return 2
+    return code

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
-STOPPED = 130
-"""Exit code of a run that a signal stopped before its last step: it has saved, and is not done."""
+from pretrain.exit_codes import DONE, STOPPED, TABLE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = TABLE
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optimizer.lr=1e-3 steps=500")
     parser.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and stop")
@@ -23,8 +24,10 @@ def run(args: argparse.Namespace) -> int:
         print(dump_recipe(recipe), end="")
         return 0
 
+    from pretrain.accelerate_config import resolve
     from pretrain.launch import launched, run_world
 
+    recipe = resolve(recipe, os.environ)
     if not launched():
         from pretrain.data import open_data
         from pretrain.run import RunFolder
@@ -36,13 +39,12 @@ def run(args: argparse.Namespace) -> int:
             print(f"starting {world} processes", file=sys.stderr, flush=True)
             return run_world(world, ["-m", "pretrain", "train", args.recipe, *args.overrides])
 
-    from pretrain.distributed.process import check_accelerate, check_world, process_group
+    from pretrain.distributed.process import check_world, process_group
     from pretrain.train import train
 
     check_world(recipe.world)
-    check_accelerate(recipe.precision)
-    with process_group() as process:
-        return 0 if train(recipe, process) else STOPPED
+    with process_group(recipe.faults.hang_s) as process:
+        return DONE if train(recipe, process) else STOPPED
 
 
 def _gpus() -> int:

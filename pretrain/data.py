@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pretrain.errors import UserError
-from pretrain.order import BalancedOrder, Order, SampleOrder
+from pretrain.order import BalancedOrder, Order, SampleOrder, SkippingOrder
 from pretrain.recipe import Recipe
 from pretrain.shards.labels import source_labels
 from pretrain.shards.source import Source, open_source
@@ -21,26 +21,33 @@ def open_data(recipe: Recipe, sources: list[Source] | None = None) -> tuple[list
     if sources is None:
         sources = [open_source(s.shards) for s in recipe.data.sources]
     if recipe.data.classes_per_batch is not None:
-        return sources, _balanced(recipe, sources, recipe.data.classes_per_batch)
+        order: Order = _balanced(recipe, sources, recipe.data.classes_per_batch)
+    else:
+        order = _plain(recipe, sources)
+    skips = [(s.from_step, s.skip) for s in recipe.data.segments if s.skip]
+    return sources, SkippingOrder(order, skips) if skips else order
+
+
+def _plain(recipe: Recipe, sources: list[Source]) -> SampleOrder:
     weights = [s.weight for s in recipe.data.sources if s.weight is not None]
     if weights and len(weights) < len(sources):
         raise UserError("data.sources: give every source a weight, or none")
-    order = SampleOrder(
+    return SampleOrder(
         [s.lengths for s in sources],
         seed=recipe.seed,
         global_batch=recipe.global_batch,
         weights=weights or None,
-        segments=[(s.from_step, s.weights) for s in recipe.data.segments],
+        segments=[(s.from_step, s.weights) for s in recipe.data.segments if s.weights is not None],
         block=recipe.data.block,
         window=recipe.data.window,
     )
-    return sources, order
 
 
 def _balanced(recipe: Recipe, sources: list[Source], classes_per_batch: int) -> BalancedOrder:
     """Every class alike, so nothing else may say what share a sample has of a batch."""
     weighted = any(s.weight is not None for s in recipe.data.sources)
-    keys = {"data.sources weight": weighted, "data.segments": recipe.data.segments, "data.block": recipe.data.block}
+    changed = [s for s in recipe.data.segments if s.weights is not None]
+    keys = {"data.sources weight": weighted, "data.segments": changed, "data.block": recipe.data.block}
     if given := [name for name, value in keys.items() if value]:
         raise UserError(
             f"data.classes_per_batch gives every class the same share of a batch, whatever source and place its "

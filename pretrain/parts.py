@@ -13,18 +13,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pretrain.backends import build_backend
 from pretrain.backends.base import Backend
 from pretrain.backends.replicated import Replicated
-from pretrain.checkpoint import Checkpoint
+from pretrain.checkpoint import Checkpoint, Fragment
 from pretrain.distributed.process import Process
 from pretrain.distributed.syncbn import convert
 from pretrain.errors import UserError
+from pretrain.models import compute
 from pretrain.models.lock import lock
 from pretrain.models.trunk import Trunk, build_trunk
 from pretrain.objectives import build
 from pretrain.objectives.base import RunFacts
 from pretrain.objectives.joint import Joint
+from pretrain.optim.loss_scale import LossScale
 from pretrain.probe import freeze_unreached, probe_inputs
 from pretrain.recipe import Recipe
-from pretrain.step import TwoStage
+from pretrain.step import Step, TwoStage
 from pretrain.weights.init import load_init
 
 log = logging.getLogger(__name__)
@@ -38,11 +40,17 @@ class Parts:
     backend: Backend
     replicated: Replicated
     two_stage: TwoStage
+    step: Step
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Take weights, optimizer, teacher and objective state from a checkpoint of any world."""
+        """Take weights, optimizer, teacher and objective state from a checkpoint of any backend and world."""
         self.backend.load(checkpoint)
         self.replicated.load(checkpoint)
+        self.step.loss_scale.load(checkpoint)
+
+    def fragments(self) -> list[Fragment]:
+        """All that this rank writes of them."""
+        return self.backend.fragments() + self.replicated.fragments() + self.step.loss_scale.fragments()
 
 
 def assemble(recipe: Recipe, samples: int, process: Process, checkpoint: Checkpoint | None = None) -> Parts:
@@ -65,12 +73,17 @@ def assemble(recipe: Recipe, samples: int, process: Process, checkpoint: Checkpo
     unreached = freeze_unreached(trunk, probe_inputs(joint, recipe, context))
     if unreached and process.first:
         log.warning(f"{len(unreached)} tensors of the trunk are not trained: no objective reaches them")
+    compute.apply(trunk, recipe, process.device)
     backend = build_backend(trunk, recipe, process, teacher=teacher)
     replicated = Replicated(joint, recipe.optimizer, process)
     two_stage = TwoStage(
         backend, joint, accumulation=recipe.accumulation, seed=recipe.seed, rank=process.rank, group=None
     )
-    parts = Parts(joint, backend, replicated, two_stage)
+    step = Step(
+        two_stage, replicated, LossScale(process, enabled=recipe.precision == "fp16"),
+        clip_norm=recipe.optimizer.clip_norm, skip=recipe.faults.nan == "skip",
+    )  # fmt: skip
+    parts = Parts(joint, backend, replicated, two_stage, step)
     if checkpoint is not None:
         parts.load(checkpoint)
     return parts

@@ -29,7 +29,7 @@ from pretrain.parts import assemble
 from pretrain.reader import Batch, Reader
 from pretrain.recipe import Recipe
 from pretrain.run import RunFolder
-from pretrain.step import seed_draws, update
+from pretrain.step import seed_draws
 from pretrain.telemetry import read_log
 from pretrain.views.text import build_tokenizer
 
@@ -113,15 +113,8 @@ class _State:
 
     def advance(self, reader: Reader, step: int, total: int) -> None:
         """Train up to `step`, on the same global batches."""
-        parts = self.parts
         for batch in reader.stream(self.step, step):
-            parts.joint.before_step(batch.step)
-            result = parts.two_stage(batch.to("cpu"))
-            rates = rates_at(batch.step, total, self.recipe)
-            update(
-                parts.backend, parts.replicated, parts.joint, result,
-                step=batch.step, rates=rates, clip_norm=self.recipe.optimizer.clip_norm,
-            )  # fmt: skip
+            self.parts.step(batch.to("cpu"), rates_at(batch.step, total, self.recipe))
             self.step = batch.step + 1
 
     @torch.no_grad()

@@ -2,7 +2,8 @@
 
 RUN/recipe.yaml      resolved recipe          RUN/log.jsonl      a line a logged step
 RUN/run.json         every start of it        RUN/damaged.jsonl  samples passed over, and why
-RUN/checkpoints/     a folder a saved step    RUN/tensorboard/
+RUN/checkpoints/     a folder a saved step    RUN/skips.json      data left out after a rewind
+RUN/spikes.jsonl     losses that leapt, with the samples of their batch;  RUN/tensorboard/
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from pretrain.durable import write_text
 from pretrain.errors import UserError
-from pretrain.recipe import Recipe, dump_recipe, load_recipe
+from pretrain.recipe import Recipe, SegmentRecipe, dump_recipe, load_recipe
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class RunFolder:
         self.starts_file = path / "run.json"
         self.log_file = path / "log.jsonl"
         self.damage_file = path / "damaged.jsonl"
+        self.skips_file = path / "skips.json"
         self.checkpoints = path / "checkpoints"
 
     def recipe(self) -> Recipe:
@@ -66,8 +68,32 @@ class RunFolder:
 
     def begin(self, recipe: Recipe, start: dict[str, Any]) -> None:
         """Keep the recipe and note this start; called by rank 0."""
-        write_text(self._made() / self.starts_file.name, json.dumps([*self._starts(), start], indent=1) + "\n")
+        write_text(self._made() / self.starts_file.name, json.dumps([*self.starts(), start], indent=1) + "\n")
         write_text(self.recipe_file, dump_recipe(recipe))
+
+    def ended(self, how: str) -> None:
+        """Note that the newest start ended as it should: done, stopped by a signal, rewound; called by rank 0."""
+        *before, newest = self.starts()
+        write_text(self.starts_file, json.dumps([*before, {**newest, "ended": how}], indent=1) + "\n")
+
+    def skips(self) -> list[SegmentRecipe]:
+        """Stretches of data that rewinds have left out."""
+        try:
+            return [SegmentRecipe.model_validate(segment) for segment in json.loads(self.skips_file.read_text())]
+        except FileNotFoundError:
+            return []
+
+    def add_skip(self, from_step: int, batches: int) -> None:
+        """Leave out so many batches from 0-based `from_step` on; called by rank 0."""
+        skips = [*self.skips(), SegmentRecipe(from_step=from_step, skip=batches)]
+        write_text(self.skips_file, json.dumps([s.model_dump() for s in skips], indent=1) + "\n")
+
+    def with_skips(self, recipe: Recipe) -> Recipe:
+        """`recipe` as this run follows it: without the data that rewinds have left out."""
+        given = recipe.data.segments
+        added = [segment for segment in self.skips() if segment not in given]
+        data = recipe.data.model_copy(update={"segments": [*given, *added]})
+        return recipe.model_copy(update={"data": data}) if added else recipe
 
     def _made(self) -> Path:
         try:
@@ -76,7 +102,8 @@ class RunFolder:
             raise UserError(f"output: {self.path} cannot be made a folder ({error.strerror}); choose another") from None
         return self.path
 
-    def _starts(self) -> list[Any]:
+    def starts(self) -> list[dict[str, Any]]:
+        """Every start so far, the newest last."""
         try:
             return json.loads(self.starts_file.read_text())
         except (FileNotFoundError, ValueError):

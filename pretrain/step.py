@@ -7,12 +7,12 @@ batch, and every micro-batch is run again with its random numbers restored to ta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain.backends.base import Backend, Inputs
 from pretrain.backends.replicated import Replicated
@@ -22,6 +22,7 @@ from pretrain.models.lock import is_trained, locked_input
 from pretrain.models.request import FeatureRequest, Input, PooledInput, RegionInput
 from pretrain.objectives.base import Features
 from pretrain.objectives.joint import Joint
+from pretrain.optim.loss_scale import LossScale
 from pretrain.optim.schedule import Rates
 from pretrain.philox import key
 from pretrain.reader import Batch
@@ -37,10 +38,18 @@ class StepResult:
     """Losses and signals by objective."""
     features: Features
     """This rank's features, detached."""
+    grad_norm: Tensor | None = None
+    """Joint norm of trunk and objectives before clipping, once the step is taken; None: it was left out."""
 
 
 class TwoStage:
-    """The step's forward and backward, bound to a backend and a joint objective."""
+    """The step's forward and backward, bound to a backend and a joint objective.
+
+    The trunk's gradients come out times `scale`. `mark` is told of every phase as it begins.
+    """
+
+    scale: float = 1.0
+    mark: Callable[[str], None] = staticmethod(lambda phase: None)
 
     def __init__(
         self, backend: Backend, joint: Joint, *, accumulation: int, seed: int, rank: int, group: Group
@@ -53,10 +62,12 @@ class TwoStage:
     def __call__(self, batch: Batch) -> StepResult:
         """Gradients of the global mean loss into the backend's and the objectives' parameters."""
         taught, known = self._taught, self._locked_inputs
+        self.mark("forward")
         if self.accumulation == 1:
             features = self.features(batch, 0)
             leaves = _leaves(features, taught)
             loss, figures = self._score(leaves, batch)
+            self.mark("backward")
             self._send_back(features, {r: leaves[r].grad for r in taught})
             return StepResult(loss, figures, _detached(leaves))
         micro = self._micro_batches(batch)
@@ -64,6 +75,7 @@ class TwoStage:
             cached = [self.features(m, i, [*self.requests, *known.values()]) for i, m in enumerate(micro)]
         leaves = _leaves({r: torch.cat([c[r] for c in cached]) for r in self.requests}, taught)
         loss, figures = self._score(leaves, batch)
+        self.mark("backward")
         for i, (m, features) in enumerate(zip(micro, cached)):
             again = {r: PooledInput(features[known[r]]) if r in known else self._input(r, m) for r in taught}
             self._second_pass(i, m, again, leaves)
@@ -99,6 +111,7 @@ class TwoStage:
         return self.backend.forward(self.inputs(batch, requests))
 
     def _score(self, leaves: Features, batch: Batch) -> tuple[Tensor, dict[str, Tensor | float]]:
+        self.mark("loss")
         loss, figures = self.joint.loss(leaves, batch, self.group)
         loss.backward()
         return loss.detach(), figures
@@ -115,12 +128,91 @@ class TwoStage:
     def _send_back(self, features: Features, gradients: dict[FeatureRequest, Tensor | None]) -> None:
         # a feature the loss did not use (an absent field) still goes back, as zeros: DDP waits for all of them
         pairs = [(features[r], torch.zeros_like(features[r]) if g is None else g) for r, g in gradients.items()]
-        self.backend.backward([f for f, _ in pairs], [g for _, g in pairs])
+        scaled = [g if self.scale == 1.0 else g * self.scale for _, g in pairs]
+        self.backend.backward([f for f, _ in pairs], scaled)
 
 
 def seed_draws(seed: int, step: int, rank: int, micro: int) -> None:
     """Random numbers of the towers (dropout) from here on: those of one micro-step of one rank."""
     torch.manual_seed(key(seed, "dropout", step, rank, micro) >> 1)
+
+
+class Step:
+    """A step from batch to new weights: what training and replay do alike.
+
+    A step whose loss or gradient is not finite raises, or with `skip` is left out: weights, optimizer, teacher and all
+    that trunk and objectives remember are as before. So is one whose fp16 gradients overflow, at a lower scale then.
+    """
+
+    def __init__(
+        self,
+        two_stage: TwoStage,
+        replicated: Replicated,
+        loss_scale: LossScale,
+        *,
+        clip_norm: float | None = None,
+        skip: bool = False,
+    ) -> None:
+        self.two_stage, self.replicated, self.loss_scale = two_stage, replicated, loss_scale
+        self.clip_norm, self.skip = clip_norm, skip
+        left_out = skip or loss_scale.enabled
+        self._remembered = Remembered(two_stage.backend.trunk, two_stage.joint) if left_out else None
+
+    def __call__(self, batch: Batch, rates: Rates) -> StepResult:
+        """Forward, backward and update.
+
+        Raises:
+            NonFiniteError: loss or gradient is not finite and the step is not to be left out.
+        """
+        backend, joint = self.two_stage.backend, self.two_stage.joint
+        if self._remembered is not None:
+            self._remembered.keep()
+        joint.before_step(batch.step)
+        self.two_stage.scale = self.loss_scale.value
+        result = self.two_stage(batch)
+        self.two_stage.mark("step")
+        try:
+            result.grad_norm = update(
+                backend, self.replicated, joint, result,
+                step=batch.step, rates=rates, clip_norm=self.clip_norm, scale=self.two_stage.scale,
+            )  # fmt: skip
+            self.loss_scale.taken()
+        except NonFiniteError as error:
+            if not (error.may_overflow and self.loss_scale.overflowed()) and not self.skip:
+                raise
+            self._leave_out()
+        return result
+
+    def _leave_out(self) -> None:
+        assert self._remembered is not None
+        self.two_stage.backend.drop_gradients()
+        self.replicated.drop_gradients()
+        self._remembered.restore()
+
+
+class Remembered:
+    """What a step changes before its gradients are known, kept to be put back: BatchNorm's statistics, queues, centres,
+    prototypes that are brought back to unit length."""
+
+    def __init__(self, trunk: nn.Module, joint: nn.Module) -> None:
+        self._trunk, self._joint = trunk, joint
+        self._kept: list[Tensor] = []
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        changing = self._changing()
+        if not self._kept:
+            self._kept = [torch.empty_like(t) for t in changing]
+        for kept, t in zip(self._kept, changing):
+            kept.copy_(t)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for kept, t in zip(self._kept, self._changing()):
+            t.copy_(kept)
+
+    def _changing(self) -> list[Tensor]:
+        return [*self._trunk.buffers(), *self._joint.buffers(), *self._joint.parameters()]
 
 
 def update(
@@ -132,21 +224,26 @@ def update(
     step: int,
     rates: Rates,
     clip_norm: float | None,
+    scale: float = 1.0,
 ) -> Tensor:
     """Reduce, clip and step; the joint gradient norm of trunk and objectives before clipping.
+
+    scale: of the trunk's gradients (fp16).
 
     Raises:
         NonFiniteError: loss or gradient is not finite. The norm is of the reduced gradient, so all ranks see the
             same and none has stepped.
     """
     replicated.reduce()
-    norm = (backend.squared_norm() + replicated.squared_norm()).sqrt()
+    norm = (backend.squared_norm() / scale**2 + replicated.squared_norm()).sqrt()
     if not torch.isfinite(norm + result.loss):
-        raise NonFiniteError(result.loss.item(), norm.item())
+        own = torch.isfinite(replicated.squared_norm() + result.loss).item()
+        raise NonFiniteError(result.loss.item(), norm.item(), may_overflow=bool(own))
+    factor = torch.ones_like(norm) if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0)
     if clip_norm is not None:
-        factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        backend.scale_gradients(factor)
         replicated.scale_gradients(factor)
+    if clip_norm is not None or scale != 1.0:
+        backend.scale_gradients(factor / scale)
     momentum = joint.teacher_momentum(step)
     backend.step(rates)
     replicated.step(rates)
@@ -160,8 +257,10 @@ def update(
 class NonFiniteError(Exception):
     """Loss or gradient of a step is NaN or infinite; nothing was updated."""
 
-    def __init__(self, loss: float, norm: float) -> None:
+    def __init__(self, loss: float, norm: float, *, may_overflow: bool) -> None:
         super().__init__(f"loss {loss:.4g}, gradient norm {norm:.4g}")
+        self.may_overflow = may_overflow
+        """The loss and the objectives' own gradients are finite: only the towers' are not."""
 
 
 def _leaves(features: Features, taught: Sequence[FeatureRequest]) -> Features:

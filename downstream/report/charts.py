@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from downstream.report.markup import esc, number
+from pretrain.markup import esc, number
 
 WIDTH, HEIGHT = 340, 170
 SMOOTHED_FROM = 60  # points: shorter curves are read as they are

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from downstream.report.markup import esc, isolated, share, short
+from downstream.report.markup import share, short
+from pretrain.markup import esc, isolated
 
 MOST_CLASSES = 40
 NUMBERS_UP_TO = 14

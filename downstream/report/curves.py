@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from downstream.report.charts import curve
-from downstream.report.glossary import CURVES
-from downstream.report.glossary import curve as about
-from downstream.report.markup import esc, isolated, number
+from pretrain.markup import esc, isolated, number
+from pretrain.telemetry.figures import about, place
 
 SKIPPED = {
     "step",
@@ -28,7 +26,7 @@ SKIPPED = {
 
 def section(lines: Iterable[Mapping[str, Any]]) -> str:
     """All curves of a run log, as HTML; `lines` are its entries in order of step."""
-    drawn = [_card(key, points) for key, points in sorted(series(lines).items(), key=lambda kv: _place(kv[0]))]
+    drawn = [_card(key, points) for key, points in sorted(series(lines).items(), key=lambda kv: place(kv[0]))]
     if not drawn:
         return '<p class="card empty">The run has logged no steps yet.</p>'
     return f'<div class="grid">{"".join(drawn)}</div>'
@@ -56,11 +54,6 @@ def _numbers(entry: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
             yield from _numbers(value, f"{prefix}{key}.")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield f"{prefix}{key}", value
-
-
-def _place(key: str) -> tuple[int, str]:
-    known = (i for i, (pattern, _, _) in enumerate(CURVES) if re.fullmatch(pattern, key))
-    return next(known, len(CURVES)), key
 
 
 def _card(key: str, points: Sequence[tuple[float, float]]) -> str:

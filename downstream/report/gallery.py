@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from downstream.report.markup import esc, image, isolated, short
+from downstream.report.markup import image, short
+from pretrain.markup import esc, isolated
 
 CAPTION_LENGTH = 160
 

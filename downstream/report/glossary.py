@@ -137,35 +137,3 @@ def meaning(metric: str) -> Meaning:
 def task(name: str) -> Task:
     """What the evaluation `name` is; one of another tool stands under its own name."""
     return TASKS.get(name, Task(name, "An evaluation of another tool.", ()))
-
-
-CURVES: tuple[tuple[str, str, str], ...] = (
-    (
-        r"loss",
-        "Loss",
-        "What training minimises, all objectives together; less is better only within one recipe.",
-    ),
-    (r"loss[./_](.+)", "Loss: {0}", "This objective's own part of the loss."),
-    (r"lr|learning_rate", "Learning rate", "The schedule as it was run."),
-    (r"images_per_s|images_s|samples_per_s|images/s", "Images a second", "Over all ranks."),
-    (r"grad_norm", "Gradient norm", "Before clipping; a spike names a step worth replaying."),
-    (r"data_wait(_s)?", "Waiting for data", "Share of the time that rank 0 stood without a batch."),
-    (r"(step_s|step_time)", "Time a step", "Seconds."),
-    (r"(.*[./_])?rankme", "RankMe", "How many directions the embeddings use; a fall towards 1 is collapse."),
-    (r"(.*[./_])?(embedding_)?std", "Embedding spread", "1/√dimension is healthy, 0 is collapse."),
-    (
-        r"(.*[./_])?logit_scale|(.*[./_])?scale|(.*[./_])?temperature",
-        "Scale (1 / temperature)",
-        "As the objective learnt it.",
-    ),
-    (r"(.*[./_])?accuracy", "In-batch accuracy", "Share of rows whose partner is the nearest in the batch."),
-    (r"mem.*|.*memory.*", "Memory (GiB)", "Highest in use on rank 0."),
-)
-
-
-def curve(key: str) -> tuple[str, str]:
-    """The title and the line of explanation of a logged figure; its own name where it is not known."""
-    for pattern, title, line in CURVES:
-        if found := re.fullmatch(pattern, key):
-            return title.format(*found.groups()), line
-    return key, ""

@@ -6,7 +6,6 @@ to install. Everything that comes from data passes `markup` on its way in.
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -16,13 +15,13 @@ from typing import Any
 from downstream import results as files
 from downstream.report import curves
 from downstream.report.glossary import task
-from downstream.report.markup import esc, isolated, number
 from downstream.report.sections import Pictures, section
 from downstream.report.style import CSS, JS
 from downstream.report.tables import Column, card, columns
 from downstream.results import Result
 from pretrain.durable import write_text
 from pretrain.errors import UserError
+from pretrain.markup import document, esc, isolated, number
 
 TASK_ORDER = ("zeroshot_retrieval", "zeroshot_classification", "knn", "spectrum", "class_relations")
 
@@ -84,32 +83,13 @@ def page(
     facts: Mapping[str, Any],
     lines: Iterable[Mapping[str, Any]],
     found: Found,
-    *,
-    when: datetime.datetime | None = None,
 ) -> str:
     """The whole report as HTML. `facts`: what stands under the title; `lines`: the run's log."""
     done = evaluations(found, run)
     body = [_summary(done), *(section(e.columns, e.pictures, e.anchor) for e in done)]
     body += ['<h2 id="training">Training</h2>', curves.section(lines), _how_to_read(done, found)]
     head = f"{_facts(facts)}{_navigation(done)}"
-    return document(f"{run} · report", run, head, "".join(body), when)
-
-
-def document(title: str, heading: str, head: str, body: str, when: datetime.datetime | None = None) -> str:
-    """One complete HTML file; `head` and `body` are HTML already."""
-    moment = (when or datetime.datetime.now(datetime.UTC)).strftime("%Y-%m-%d %H:%M UTC")
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        '<meta name="referrer" content="no-referrer">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
-        f"<title>{esc(title)}</title><style>{CSS}</style></head><body>"
-        f"<header><div><h1>{isolated(heading)}</h1>{head}</div></header>"
-        f"<main>{body}</main>"
-        f"<footer>Written {moment}. This file is complete: nothing is loaded.</footer>"
-        f'<div id="tip"></div><script>{JS}</script></body></html>\n'
-    )
+    return document(f"{run} · report", run, head, "".join(body), style=CSS, script=JS)
 
 
 def write_alone(evaluated: Sequence[tuple[Result, Pictures]], folder: Path) -> Path:
@@ -119,7 +99,8 @@ def write_alone(evaluated: Sequence[tuple[Result, Pictures]], folder: Path) -> P
     cols = columns([r for r, _ in evaluated], str(first.details.get("run", "")))
     body = section(cols, [by_result[id(c.result)] for c in cols], "evaluation")
     path = folder / f"{first.stem}.html"
-    write_text(path, document(f"{task(first.task).title} · {first.pretrained}", first.pretrained, "", body))
+    title = f"{task(first.task).title} · {first.pretrained}"
+    write_text(path, document(title, first.pretrained, "", body, style=CSS, script=JS))
     return path
 
 

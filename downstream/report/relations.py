@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from downstream.report.markup import esc, image, isolated, number, short
+from downstream.report.markup import image, short
+from pretrain.markup import esc, isolated, number
 
 LISTS = (
     ("related", "Most alike", "cosine of their gates"),

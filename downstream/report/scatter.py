@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from downstream.report.markup import esc, is_picture, isolated, short
+from downstream.report.markup import is_picture, short
+from pretrain.markup import esc, isolated
 
 SIDE_X, SIDE_Y, EDGE = 560, 440, 12
 MOST_COLOURS = 20

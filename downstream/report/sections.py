@@ -7,8 +7,8 @@ from typing import Any
 
 from downstream.report import confusion, gallery, relations, scatter, spectra
 from downstream.report.glossary import task
-from downstream.report.markup import esc, isolated
 from downstream.report.tables import Column, is_untrained, table
+from pretrain.markup import esc, isolated
 
 Pictures = Mapping[str, Any]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from downstream.report.charts import MOST_POINTS
-from downstream.report.markup import esc, isolated
+from pretrain.markup import esc, isolated
 
 WIDTH, HEIGHT = 520, 260
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 24

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from downstream.report.charts import scale, strip
 from downstream.report.glossary import Meaning, meaning, task
-from downstream.report.markup import esc, isolated, number, share
+from downstream.report.markup import share
 from downstream.results import UNTRAINED, Result
+from pretrain.markup import esc, isolated, number
 
 OWN, BASE = "var(--own)", "var(--base)"
 OTHERS = ("var(--other)", "var(--third)", "var(--right)")

@@ -39,3 +39,8 @@ def check_combination(recipe: Recipe) -> None:
             "optimizer sees flat pieces of them: it would silently be another optimizer. Use backend=fsdp2 or ddp, or "
             "optimizer.name=adamw"
         )
+    if recipe.backend == "fsdp2" and recipe.optimizer.name == "lars" and recipe.sharding.offload:
+        raise UserError(
+            "optimizer lars sums norms over the ranks, where weights in host memory cannot go. Use "
+            "sharding.offload=false, or optimizer.name=sgd"
+        )

@@ -47,13 +47,17 @@ class Backend(ABC):
 
     def forward(self, inputs: Inputs) -> dict[FeatureRequest, Tensor]:
         """Features in fp32, with the graph unless gradients are off or they are the momentum teacher's."""
-        with torch.autocast(self.process.device.type, self._autocast, enabled=self._autocast is not None):
+        with self.autocast():
             features: dict[FeatureRequest, Tensor] = {}
             for taught in (False, True):
                 asked = {r: x for r, x in inputs.items() if r.teacher == taught}
                 if asked:
                     features |= self._module(taught)(asked)
         return {request: at_least_fp32(features[request]) for request in inputs}
+
+    def autocast(self) -> AbstractContextManager:
+        """What the towers compute in, of the trunk and of its copies."""
+        return torch.autocast(self.process.device.type, self._autocast, enabled=self._autocast is not None)
 
     @property
     @abstractmethod

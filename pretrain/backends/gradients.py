@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from pretrain.distributed.shards import local
+
 
 def squared_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
     """Scalar in float64: the sum of squares of what is here; no communication."""
@@ -17,7 +19,7 @@ def squared_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> Te
 def scale(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
     """Multiply all gradients by a scalar."""
     if gradients := _present(parameters):
-        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+        torch._foreach_mul_(gradients, factor.to(gradients[0]))
 
 
 def drop(parameters: Iterable[nn.Parameter]) -> None:
@@ -27,4 +29,4 @@ def drop(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _present(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    return [p.grad for p in parameters if p.grad is not None]
+    return [local(p.grad) for p in parameters if p.grad is not None]

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from pretrain.checkpoint import Checkpoint
+from pretrain.distributed.shards import local, offset
 
 
 def optimizer_tensors(
@@ -35,12 +37,25 @@ def load_optimizer(
             name, slot = full_name.removeprefix(f"{prefix}.").rsplit(".", 1)
             slots.setdefault(name, []).append(slot)
     for name, parameter in parameters.items():
-        state = {slot: checkpoint.read(f"{prefix}.{name}.{slot}") for slot in slots.get(name, [])}
-        optimizer.state[parameter] = {slot: _placed(value, parameter) for slot, value in state.items()}
+        optimizer.state[parameter] = {
+            slot: _slot(parameter, checkpoint, f"{prefix}.{name}.{slot}") for slot in slots.get(name, [])
+        }
 
 
-def _placed(value: Tensor, parameter: nn.Parameter) -> Tensor:
-    """On the parameter's device and, where it has its shape, in its memory layout: fused kernels walk raw memory."""
-    if value.shape != parameter.shape:
-        return value.to(parameter.device)
-    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+def _slot(parameter: nn.Parameter, checkpoint: Checkpoint, name: str) -> Tensor:
+    """On the parameter's device and, where it has its shape, laid out as it is: fused kernels walk raw memory."""
+    if checkpoint.shape(name) != parameter.shape:
+        return checkpoint.read(name).to(parameter.device)
+    value = torch.empty_like(parameter, dtype=checkpoint.dtype(name), requires_grad=False)
+    fill(value, checkpoint, name)
+    return value
+
+
+@torch.no_grad()
+def fill(tensor: Tensor, checkpoint: Checkpoint, name: str) -> None:
+    """Copy the checkpoint's tensor into one of its shape; of a sharded one this rank's rows, and read no others."""
+    if isinstance(tensor, DTensor):
+        rows, start = local(tensor), offset(tensor)
+        rows.copy_(checkpoint.read_range(name, start, start + rows.numel()).view_as(rows))
+    else:
+        tensor.copy_(checkpoint.read(name))

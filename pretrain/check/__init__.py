@@ -6,29 +6,22 @@ the cache of class numbers, where `data.classes_per_batch` reads them), and a mo
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
-from pretrain.check import data, memory, plan
+from pretrain.check import data, fit, memory, plan, sharding
+from pretrain.check.memory import Modules
 from pretrain.data import open_data
 from pretrain.errors import UserError
-from pretrain.models.trunk import Trunk
-from pretrain.objectives.joint import Joint
-from pretrain.parts import build_modules
+from pretrain.evaluation import check_evaluation
 from pretrain.recipe import Recipe
 from pretrain.run import RunFolder
-from pretrain.views.text import build_tokenizer
 
 T = TypeVar("T")
-
-RESERVE = 0.9
-"""Share of a GPU that the estimate may fill: the rest is for what is not counted (see `memory`)."""
 
 
 @dataclass
@@ -77,6 +70,8 @@ def check(
         elif h.problem:
             report.problem(h.problem)
     report.refused(lambda: RunFolder(recipe.output).check(recipe))
+    if not samples:  # else the shards are not here
+        report.refused(lambda: check_evaluation(recipe))
     samples = _samples(recipe, held, report) or samples
     steps = recipe.total_steps(samples) if samples else recipe.steps
     if steps is None:
@@ -85,9 +80,9 @@ def check(
         report.sections["plan"] = plan.plan(recipe, steps, samples, images_per_s)
         for line in plan.schedule_problems(recipe, steps):
             report.problem(line)
-    modules = report.refused(lambda: _build(recipe, samples or recipe.global_batch, world))
+    modules = report.refused(lambda: memory.build(recipe, samples or recipe.global_batch, world))
     if modules is not None:
-        _modules(report, recipe, *modules, held=held, steps=steps, world=world, gpu_bytes=gpu_bytes)
+        _modules(report, recipe, modules, held=held, steps=steps, world=world, gpu_bytes=gpu_bytes)
     return report
 
 
@@ -100,57 +95,56 @@ def _samples(recipe: Recipe, held: list[data.Held], report: Report) -> int | Non
     return opened[1].samples if opened else sum(s.samples for s in sources)
 
 
-def _build(recipe: Recipe, samples: int, world: int) -> tuple[Trunk, Joint, bool]:
-    with torch.device("meta"):
-        trunk, joint, teacher = build_modules(recipe, samples, 0, world)
-    joint.image_views(recipe.model.image_size)  # refused here where two objectives disagree
-    joint.text_views()
-    joint.region_views()
-    return trunk, joint, teacher
-
-
 def _modules(
     report: Report,
     recipe: Recipe,
-    trunk: Trunk,
-    joint: Joint,
-    teacher: bool,
+    modules: Modules,
     *,
     held: list[data.Held],
     steps: int | None,
     world: int,
     gpu_bytes: int | None,
 ) -> None:
-    problems, notes = data.missing(held, joint, recipe)
+    problems, notes = data.missing(held, modules.joint, recipe)
     report.notes += notes
     for line in problems:
         report.problem(line)
-    tokens = report.refused(lambda: _tokens(recipe, held))
+    tokens = report.refused(lambda: data.caption_tokens(recipe, held))
     if tokens is None:
         return
-    cost = report.refused(lambda: memory.towers(trunk, joint, recipe, tokens))
-    report.sections["model"] = _model(recipe, trunk, joint, teacher, cost)
-    if cost is None:
-        return
-    state = plan.state(recipe, trunk, joint, teacher)
-    room = memory.rank(recipe, trunk, joint, cost, state, world=world)
-    report.sections["memory of a rank"] = {"caption_tokens": tokens} | room
-    if gpu_bytes and room["total_bytes"] > RESERVE * gpu_bytes:
-        report.problem(memory.advice(recipe, room, gpu_bytes, RESERVE, world))
+    modules.tokens = tokens
+    cost = report.refused(lambda: modules.cost(recipe))
+    report.sections["model"] = _model(recipe, modules, cost)
+    if cost is not None:
+        report.refused(lambda: _memory(report, recipe, modules, steps, world, gpu_bytes))
+
+
+def _memory(
+    report: Report, recipe: Recipe, modules: Modules, steps: int | None, world: int, gpu_bytes: int | None
+) -> None:
+    room = memory.rank(recipe, modules, world=world)
+    report.sections["memory of a rank"] = {"caption_tokens": modules.tokens} | room
+    if world > 1:
+        report.sections["memory of a rank by backend"] = fit.by_backend(recipe, modules, world)
+    if gpu_bytes and room["total_bytes"] > fit.RESERVE * gpu_bytes:
+        report.problem(fit.advice(recipe, modules, gpu_bytes, world))
+    alone = recipe.model_copy(update={"backend": "ddp"})  # whole, as in a checkpoint
+    state = sharding.state(alone, modules.trunk, modules.joint, modules.teacher, world=1)
     kept = plan.checkpoints(recipe, steps, sum(state.values()) - state["gradients"])
     report.sections["checkpoints"] = kept
     if note := plan.disk(recipe, kept.get("most_bytes", 0)):
         report.notes.append(note)
 
 
-def _model(recipe: Recipe, trunk: Trunk, joint: Joint, teacher: bool, cost: dict[str, Any] | None) -> dict[str, Any]:
+def _model(recipe: Recipe, modules: Modules, cost: dict[str, Any] | None) -> dict[str, Any]:
+    trunk, joint = modules.trunk, modules.joint
     parts: dict[str, nn.Module | None] = {f"image ({recipe.model.image})": trunk.image, "text": trunk.text}
     parts |= {f"objective {name}": objective for name, objective in joint.by_name.items()}
     crops = Counter(view.size for view in joint.image_views(recipe.model.image_size))
     return {
         "parameters": {name: _count(part) for name, part in parts.items() if part is not None},
         "trained": _count(trunk, trained=True) + _count(joint, trained=True),
-        "copies": ", ".join(n for n, there in (("teacher", teacher), ("ema", recipe.ema)) if there) or "none",
+        "copies": ", ".join(n for n, there in (("teacher", modules.teacher), ("ema", recipe.ema)) if there) or "none",
         "crops_an_image": ", ".join(f"{n} x {size}" for size, n in crops.items()) or "none",
         "texts_a_sample": len(joint.text_views()),
         "mflops_forward_a_sample": cost["mflops"] if cost else None,
@@ -159,14 +153,3 @@ def _model(recipe: Recipe, trunk: Trunk, joint: Joint, teacher: bool, cost: dict
 
 def _count(module: nn.Module, trained: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
-
-
-def _tokens(recipe: Recipe, held: list[data.Held]) -> int:
-    """Mean length of the captions that were read; the context where there are none."""
-    tokenizer = build_tokenizer(recipe.model.text)
-    if tokenizer is None or recipe.model.text is None:
-        return 0
-    captions = [caption for h in held for caption in h.captions if caption.strip()]
-    if not captions:
-        return recipe.model.text.context
-    return math.ceil((tokenizer(captions) > 0).sum(dim=1).float().mean().item())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from pretrain.shards.index import KINDS, ShardIndex, build_index, kept_arrays, s
 from pretrain.shards.labels import CLASS_EXTENSION
 from pretrain.shards.objects import read_objects
 from pretrain.shards.source import Shard, Source, expand_shards
+from pretrain.views.text import build_tokenizer
 
 LOOKED_AT = 8
 """Shards of a source whose members are counted, spread over it."""
@@ -77,6 +79,17 @@ class Held:
 def look(recipe: Recipe) -> list[Held]:
     """What every source of the recipe holds."""
     return [_look(s.shards) for s in recipe.data.sources]
+
+
+def caption_tokens(recipe: Recipe, held: list[Held]) -> int:
+    """Mean length of the captions that were read; the context where there are none."""
+    tokenizer = build_tokenizer(recipe.model.text)
+    if tokenizer is None or recipe.model.text is None:
+        return 0
+    captions = [caption for h in held for caption in h.captions if caption.strip()]
+    if not captions:
+        return recipe.model.text.context
+    return math.ceil((tokenizer(captions) > 0).sum(dim=1).float().mean().item())
 
 
 def _look(spec: str | list[str]) -> Held:

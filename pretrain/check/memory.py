@@ -1,6 +1,7 @@
 """What a rank's GPU must hold, counted rather than guessed: one micro-batch on torch's meta device, without memory.
 
-The tensors that autograd keeps for the backward are counted by their storages, weights left out.
+The tensors that autograd keeps for the backward are counted by their storages, weights left out; `sharding` adds what
+stays from step to step.
 
 Not counted: what a backward holds for a moment, the allocator's gaps, the CUDA context, cuDNN's workspaces.
 """
@@ -8,19 +9,23 @@ Not counted: what a backward holds for a moment, the allocator's gaps, the CUDA 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pretrain.check import sharding
+from pretrain.models.compute import all_units
 from pretrain.models.request import FeatureRequest
 from pretrain.models.trunk import Trunk
 from pretrain.objectives.base import Features
 from pretrain.objectives.joint import Joint
+from pretrain.parts import build_modules
 from pretrain.probe import ROWS, AsOnGpu, probe_inputs, run_probe
 from pretrain.reader import Batch
-from pretrain.recipe import OptimizerRecipe, Recipe
+from pretrain.recipe import Recipe
 
 
 class SavedBytes:
@@ -41,8 +46,12 @@ class SavedBytes:
 
     def bytes(self, without: Iterable[Tensor] = ()) -> int:
         """What is kept, apart from these."""
+        return sum(self.storages(without).values())
+
+    def storages(self, without: Iterable[Tensor] = ()) -> dict[int, int]:
+        """Bytes of each storage that is kept, by its address, apart from these."""
         apart = {tensor.untyped_storage()._cdata for tensor in without}
-        return sum(storage.nbytes() for address, storage in self._saved.items() if address not in apart)
+        return {address: s.nbytes() for address, s in self._saved.items() if address not in apart}
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -51,18 +60,90 @@ class SavedBytes:
         return tensor
 
 
+class InBlocks:
+    """What of a `SavedBytes` is kept inside of blocks, and what enters them, while this is entered."""
+
+    def __init__(self, saved: SavedBytes, blocks: Iterable[nn.Module]) -> None:
+        self._saved, self._blocks = saved, list(blocks)
+        self._before: set[int] = set()
+        self._inside: list[set[int]] = []
+        self._entering: dict[int, torch.UntypedStorage] = {}
+
+    def __enter__(self) -> InBlocks:
+        self._hooks = [block.register_forward_pre_hook(self._enter) for block in self._blocks]
+        self._hooks += [block.register_forward_hook(self._leave) for block in self._blocks]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enter(self, block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._before = set(self._saved.storages())
+        storage = inputs[0].untyped_storage()
+        self._entering[storage._cdata] = storage
+
+    def _leave(self, block: nn.Module, *_: Any) -> None:
+        self._inside.append(self._saved.storages().keys() - self._before)
+
+    def bytes(self, without: Iterable[Tensor]) -> tuple[int, int]:
+        """(what is kept where only what enters a block is, the most that is kept inside one), apart from these."""
+        kept = self._saved.storages(without)
+        inside = [sum(kept.get(address, 0) for address in one) for one in self._inside]
+        entering = {a: s.nbytes() for a, s in self._entering.items()} if sum(inside) else {}
+        outside = {a: n for a, n in kept.items() if not any(a in one for one in self._inside)}
+        return sum((outside | entering).values()), max(inside, default=0)
+
+
+@dataclass
+class Modules:
+    """What a run is made of, on the meta device."""
+
+    trunk: Trunk
+    joint: Joint
+    teacher: bool
+    tokens: int = 0
+    """Of a caption."""
+    _costs: dict[bool, dict[str, Any]] = field(default_factory=dict)
+
+    def cost(self, recipe: Recipe) -> dict[str, Any]:
+        """What the towers cost a sample in the recipe's precision; counted once."""
+        low = recipe.precision in ("bf16", "fp16")
+        if low not in self._costs:
+            self._costs[low] = towers(self.trunk, self.joint, recipe, self.tokens)
+        return self._costs[low]
+
+
+def build(recipe: Recipe, samples: int, world: int) -> Modules:
+    """The modules of a run on `world` ranks; how long its captions are is not known yet.
+
+    Raises:
+        UserError: what cannot be built, or two objectives that disagree on a view.
+    """
+    with torch.device("meta"):
+        trunk, joint, teacher = build_modules(recipe, samples, 0, world)
+    joint.image_views(recipe.model.image_size)
+    joint.text_views()
+    joint.region_views()
+    return Modules(trunk, joint, teacher)
+
+
 def towers(trunk: Trunk, joint: Joint, recipe: Recipe, tokens: int) -> dict[str, Any]:
-    """What the towers cost: activations in bytes a sample, weights once more in bf16, a forward's MFLOPs a sample.
+    """What the towers cost: activations in bytes a sample (in all; where blocks are checkpointed; inside the largest
+    block), weights once more in bf16, a forward's MFLOPs a sample.
 
     trunk: on the meta device. tokens: of a caption.
     """
-    asked, bf16 = joint.requests(), recipe.precision == "bf16"
+    asked, low = joint.requests(), recipe.precision in ("bf16", "fp16")
     inputs = probe_inputs(joint, recipe, tokens)
-    found: dict[str, Any] = {"activations": 0, "cast_weights": 0, "mflops": {}}
+    found: dict[str, Any] = dict.fromkeys(("activations", "checkpointed", "largest_block", "cast_weights"), 0)
+    found["mflops"] = {}
     for tower, teacher in dict.fromkeys((r.tower, r.teacher) for r in asked):
         part = {r: inputs[r] for r in asked if (r.tower, r.teacher) == (tower, teacher)}
-        cost = forward(trunk, part, bf16=bf16, graph=not teacher)
+        cost = forward(trunk, part, bf16=low, graph=not teacher)
         found["activations"] += cost.saved // ROWS
+        found["checkpointed"] += cost.checkpointed // ROWS
+        found["largest_block"] = max(found["largest_block"], cost.largest_block // ROWS)
         found["cast_weights"] += cost.cast_weights
         found["mflops"][f"{tower} (teacher)" if teacher else tower] = round(cost.flops / ROWS / 1e6)
     return found
@@ -73,18 +154,25 @@ class Cost(NamedTuple):
 
     saved: int
     """Bytes that autograd keeps for the backward, weights left out."""
+    checkpointed: int
+    """Those bytes where a block keeps what enters it alone."""
+    largest_block: int
+    """The most of `saved` that one block keeps inside."""
     cast_weights: int
     """Bytes of the weights that autocast keeps in bf16."""
     flops: int
 
 
-def forward(trunk: nn.Module, inputs: dict[FeatureRequest, Any], *, bf16: bool, graph: bool = True) -> Cost:
+def forward(trunk: Trunk, inputs: dict[FeatureRequest, Any], *, bf16: bool, graph: bool = True) -> Cost:
     """What one forward costs; on the meta device it is not computed."""
     flops, gpu = FlopCounterMode(display=False), AsOnGpu(bf16)
-    with torch.set_grad_enabled(graph), flops, gpu, SavedBytes([*trunk.parameters(), *trunk.buffers()]) as saved:
+    saved = SavedBytes([*trunk.parameters(), *trunk.buffers()])
+    with torch.set_grad_enabled(graph), flops, gpu, saved, InBlocks(saved, all_units(trunk)) as blocks:
         run_probe(trunk, inputs)
     casts = list(gpu.casts.values())
-    return Cost(saved.bytes(without=casts), sum(c.nbytes for c in casts), flops.get_total_flops())
+    return Cost(
+        saved.bytes(without=casts), *blocks.bytes(without=casts), sum(c.nbytes for c in casts), flops.get_total_flops()
+    )
 
 
 def heads(trunk: Trunk, joint: Joint) -> int | None:
@@ -107,20 +195,26 @@ def heads(trunk: Trunk, joint: Joint) -> int | None:
     return saved.bytes() // ROWS
 
 
-def rank(
-    recipe: Recipe, trunk: Trunk, joint: Joint, cost: dict[str, Any], state: dict[str, int], *, world: int
-) -> dict[str, Any]:
-    """What a rank's GPU holds when a micro-batch's backward begins, in bytes by kind, and in all."""
+def rank(recipe: Recipe, modules: Modules, *, world: int, host: bool = False) -> dict[str, Any]:
+    """What a rank's GPU holds when a micro-batch's backward begins, in bytes by kind, and in all.
+
+    host: the towers run in host memory, so nothing can be offloaded to it.
+    """
+    joint, cost = modules.joint, modules.cost(recipe)
     local = recipe.global_batch / world
     micro = local / recipe.accumulation
     side = sum(view.size**2 for view in joint.image_views(recipe.model.image_size))
-    own = heads(trunk, joint)
+    own = heads(modules.trunk, joint)
+    state = sharding.state(recipe, modules.trunk, joint, modules.teacher, world=world, host=host)
+    again = recipe.compute.checkpoint_blocks
     found = {f"{name}_bytes": n for name, n in state.items() if n}
     found["bf16_weights_bytes"] = cost["cast_weights"]
     found["pixels_bytes"] = round(local * 3 * side) * 2  # the batch, and the next one coming
-    found["features_bytes"] = round(_features(trunk, joint, local, recipe.global_batch if world > 1 else local))
+    everyone = recipe.global_batch if world > 1 else local
+    found["features_bytes"] = round(_features(modules.trunk, joint, local, everyone))
     found["heads_bytes"] = round((own or 0) * local)
-    found["activations_bytes"] = round(cost["activations"] * micro)
+    found["activations_bytes"] = round((cost["checkpointed"] if again else cost["activations"]) * micro)
+    found["one_block_again_bytes"] = round(cost["largest_block"] * micro) if again else 0
     return {**{name: n for name, n in found.items() if n}, "total_bytes": sum(found.values())}
 
 
@@ -131,36 +225,6 @@ def _features(trunk: Trunk, joint: Joint, local: float, everyone: float) -> floa
         (everyone if r.tower == "text" else local) * wide.get(r.output, trunk.embed_dim) for r in joint.requests()
     )
     return 2 * 4 * numbers
-
-
-def advice(recipe: Recipe, room: dict[str, Any], gpu_bytes: int, reserve: float, world: int) -> str:
-    """That it does not fit, and what would."""
-    gib, fixed = 2**30, room["total_bytes"] - room["activations_bytes"]
-    said = f"a rank needs about {room['total_bytes'] / gib:.1f} GiB"
-    said += f", more than {reserve:.0%} of a GPU of {gpu_bytes / gib:g} GiB"
-    left = reserve * gpu_bytes - fixed
-    local = recipe.global_batch // world
-    whole = room["activations_bytes"] * recipe.accumulation  # of the local batch
-    fits = next((k for k in range(1, local + 1) if local % k == 0 and whole / k <= left), None)
-    if fits is None:
-        return f"{said}; no accumulation makes it fit ({fixed / gib:.1f} GiB stay): more ranks, or a smaller model"
-    bf16 = ", or perhaps precision=bf16" if recipe.precision == "fp32" else ""
-    return f"{said}: accumulation={fits} would fit{bf16}; or more ranks"
-
-
-def held(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers."""
-    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
-
-
-def trained(module: nn.Module) -> int:
-    """Bytes of the parameters that are trained: as many are the gradients."""
-    return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
-
-
-def optimizer_copies(optimizer: OptimizerRecipe) -> int:
-    """Tensors the optimizer keeps for every trained one."""
-    return 2 if optimizer.name == "adamw" else int(optimizer.momentum > 0)
 
 
 def _meta(*shape: int) -> Tensor:

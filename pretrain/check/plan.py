@@ -7,9 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pretrain.check import memory
-from pretrain.models.trunk import Trunk
-from pretrain.objectives.joint import Joint
 from pretrain.optim.schedule import lr_at
 from pretrain.recipe import Recipe, check_split
 
@@ -88,15 +85,3 @@ def disk(recipe: Recipe, need: int) -> str | None:
     if free >= need:
         return None
     return f"checkpoints take up to {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free at {folder}"
-
-
-def state(recipe: Recipe, trunk: Trunk, joint: Joint, teacher: bool) -> dict[str, int]:
-    """Bytes that stay from step to step on a rank, and all but the gradients in a checkpoint."""
-    trainable = memory.trained(trunk) + memory.trained(joint)
-    return {
-        "weights": memory.held(trunk) + memory.held(joint),
-        "teacher": memory.held(trunk) if teacher else 0,
-        "ema": memory.held(trunk) if recipe.ema else 0,
-        "optimizer": memory.optimizer_copies(recipe.optimizer) * trainable,
-        "gradients": trainable,
-    }

@@ -22,6 +22,9 @@ def show(report: Report) -> str:
 
 def _lines(name: str, value: Any) -> list[str]:
     label = "time" if name == "time_s" else name.removesuffix("_bytes").replace("_", " ")
+    if isinstance(value, dict) and all(inner.endswith("_bytes") for inner in value):
+        sizes = ", ".join(f"{inner.removesuffix('_bytes')} {_value(inner, one)}" for inner, one in value.items())
+        return [f"  {label:<36} {sizes}"]
     if isinstance(value, dict):
         return [f"  {label}", *(f"    {inner:<34} {_value(name, one)}" for inner, one in value.items())]
     return [f"  {label:<36} {_value(name, value)}"]

@@ -8,16 +8,12 @@ rank left over from an earlier start of the run can never complete, or spoil, a 
 from __future__ import annotations
 
 import logging
-import shutil
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.durable import sync_folder, write_durably
-from pretrain.checkpoint.errors import CheckpointError
+from pretrain.checkpoint.errors import CheckpointError, CheckpointTornError
 from pretrain.checkpoint.layout import MANIFEST, attempt_of, manifest_draft, part_name, step_dir, step_dirs
 from pretrain.checkpoint.manifest import (
     Manifest,
@@ -28,11 +24,12 @@ from pretrain.checkpoint.manifest import (
     unseal,
 )
 from pretrain.checkpoint.reader import Checkpoint, check_files
+from pretrain.checkpoint.store import Store
 
 log = logging.getLogger(__name__)
 
 
-def commit(root: Path, step: int, attempt: str, world: int, meta: dict[str, Any], timeout_s: float) -> None:
+def commit(root: Store, step: int, attempt: str, world: int, meta: dict[str, Any], timeout_s: float) -> None:
     """Wait for every rank's part of `step`, check them together and write the manifest.
 
     Raises CheckpointError when a rank reports that it failed, when parts do not come within `timeout_s`
@@ -40,26 +37,25 @@ def commit(root: Path, step: int, attempt: str, world: int, meta: dict[str, Any]
     of its size.
     """
     folder = step_dir(root, step)
-    parts = [_read_part(folder / part_name(attempt, r), r) for r in _arrivals(folder, attempt, world, timeout_s)]
+    parts = [_read_part(folder, attempt, rank) for rank in _arrivals(folder, attempt, world, timeout_s)]
     files = {name: size for part in parts for name, size in part["files"].items()}
     tensors = merge((decode_tensors(part["tensors"]) for part in parts), folder)
     manifest = Manifest(step, attempt, world, files, tensors, meta)
     check_files(folder, manifest)
     replaced = _replaced_files(folder)
-    draft = folder / (manifest_draft(attempt) + ".tmp")
-    sync_folder(folder)
-    write_durably(folder / MANIFEST, [encode_manifest(manifest)], draft=draft)
-    sync_folder(folder)
-    _unlink(folder / part_name(attempt, rank) for rank in range(world))
-    _unlink(folder / name for name in replaced - files.keys())
+    folder.settle()
+    folder.write(MANIFEST, [encode_manifest(manifest)], draft=manifest_draft(attempt) + ".tmp")
+    folder.settle()
+    folder.remove([part_name(attempt, rank) for rank in range(world)])
+    folder.remove(replaced - files.keys())
 
 
-def _arrivals(folder: Path, attempt: str, world: int, timeout_s: float) -> range:
+def _arrivals(folder: Store, attempt: str, world: int, timeout_s: float) -> range:
     """All ranks, once the parts of all of them are there."""
     expected = {part_name(attempt, rank): rank for rank in range(world)}
     deadline, pause = time.monotonic() + timeout_s, 0.005
     while True:
-        present = {p.name for p in folder.iterdir()}  # a listing is fresher than stat on network file systems
+        present = folder.names()
         missing = [rank for name, rank in expected.items() if name not in present]
         if not missing:
             return range(world)
@@ -74,23 +70,24 @@ def _arrivals(folder: Path, attempt: str, world: int, timeout_s: float) -> range
         pause = min(2 * pause, 0.5)
 
 
-def _read_part(path: Path, rank: int) -> dict[str, Any]:
-    part = unseal(path.read_bytes(), path)
+def _read_part(folder: Store, attempt: str, rank: int) -> dict[str, Any]:
+    name = part_name(attempt, rank)
+    part = unseal(folder.read(name), folder / name)
     if "error" in part:
-        raise CheckpointError(f"{path.parent}: not committed: rank {rank} could not write: {part['error']}")
+        raise CheckpointError(f"{folder}: not committed: rank {rank} could not write: {part['error']}")
     return part
 
 
-def _replaced_files(folder: Path) -> set[str]:
+def _replaced_files(folder: Store) -> set[str]:
     """Files of the checkpoint of this step that an earlier attempt had committed and this one takes the place
     of.
     """
     with suppress(CheckpointError):
-        return set(read_manifest(folder / MANIFEST).files)
+        return set(read_manifest(folder).files)
     return set()
 
 
-def purge(root: Path, committed: int, keep_last: int | None, keep_every: int | None) -> None:
+def purge(root: Store, committed: int, keep_last: int | None, keep_every: int | None) -> None:
     """Remove whole checkpoints up to step `committed`, but the last `keep_last` and each `keep_every`-th
     step.
 
@@ -99,59 +96,48 @@ def purge(root: Path, committed: int, keep_last: int | None, keep_every: int | N
     """
     if keep_last is None:
         return
-    folders = {step: path for step, path in step_dirs(root).items() if step <= committed}
-    folders = {step: path for step, path in folders.items() if (path / MANIFEST).exists()}
-    recent = list(islice((step for step, path in folders.items() if _is_whole(path)), keep_last))
-    for step, path in folders.items():
+    folders = {step: folder for step, folder in step_dirs(root).items() if step <= committed}
+    folders = {step: folder for step, folder in folders.items() if MANIFEST in folder.names()}
+    recent = list(islice((step for step, folder in folders.items() if _is_whole(folder)), keep_last))
+    for step, folder in folders.items():
         if recent and step < recent[-1] and not (keep_every and step % keep_every == 0):
-            _remove(path)
+            _remove(folder)
 
 
-def _is_whole(path: Path) -> bool:
+def _is_whole(folder: Store) -> bool:
     try:
-        Checkpoint(path).check_files()
+        Checkpoint(folder).check_files()
     except CheckpointError:
         return False
     return True
 
 
-def _remove(path: Path) -> None:
+def _remove(folder: Store) -> None:
     """The manifest first: a half-removed checkpoint must not be taken for a whole one."""
-    (path / MANIFEST).unlink(missing_ok=True)
-    sync_folder(path)
-    shutil.rmtree(path, ignore_errors=True)
-    if path.exists():
-        log.warning("%s: could not be removed entirely; it is no longer a checkpoint and may be deleted", path)
+    folder.remove([MANIFEST])
+    folder.settle()
+    folder.remove_all()
+    if folder.names():
+        log.warning("%s: could not be removed entirely; it is no longer a checkpoint and may be deleted", folder)
 
 
-def sweep_others(root: Path, attempt: str) -> None:
+def sweep_others(root: Store, attempt: str) -> None:
     """At a start: remove what earlier attempts left without committing it."""
-    for path in step_dirs(root).values():
+    for folder in step_dirs(root).values():
         try:
-            wanted = set(read_manifest(path / MANIFEST).files)
-        except CheckpointError:
-            if (path / MANIFEST).exists():
-                continue  # damaged, not torn: for a person to look at
+            wanted = set(read_manifest(folder).files)
+        except CheckpointTornError:
             wanted = set()
-        names = {p.name for p in path.iterdir()} - wanted
-        _unlink(path / name for name in names if attempt_of(name) not in (None, attempt))
-        _drop_if_empty(path)
+        except CheckpointError:
+            continue  # damaged, not torn: for a person to look at
+        names = folder.names() - wanted
+        folder.remove([name for name in names if attempt_of(name) not in (None, attempt)])
+        folder.drop_if_empty()
 
 
-def sweep_own(root: Path, attempt: str, committed: int) -> None:
+def sweep_own(root: Store, attempt: str, committed: int) -> None:
     """After a commit: remove what this attempt left of earlier saves that failed."""
-    for step, path in step_dirs(root).items():
-        if step < committed and not (path / MANIFEST).exists():
-            _unlink(p for p in list(path.iterdir()) if attempt_of(p.name) == attempt)
-            _drop_if_empty(path)
-
-
-def _unlink(paths: Iterable[Path]) -> None:
-    for path in paths:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
-
-
-def _drop_if_empty(path: Path) -> None:
-    with suppress(OSError):
-        path.rmdir()
+    for step, folder in step_dirs(root).items():
+        if step < committed and MANIFEST not in (names := folder.names()):
+            folder.remove([name for name in names if attempt_of(name) == attempt])
+            folder.drop_if_empty()

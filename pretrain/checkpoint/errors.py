@@ -13,3 +13,7 @@ class CheckpointError(UserError):
 
 class CheckpointDiskError(CheckpointError, OSError):
     """The disk refused a write (full, quota, permission); carries `errno` and `filename` like any OSError."""
+
+
+class CheckpointTornError(CheckpointError):
+    """A step folder without a manifest: its save was interrupted, or is still going on."""

@@ -1,4 +1,4 @@
-"""How a checkpoint lies on disk: names of folders and files, and the safetensors header.
+"""How a checkpoint lies in its store: names of folders and files, and the safetensors header.
 
     checkpoints/step_00000100/
         data-<attempt>-<rank>-<piece>.safetensors   flat ranges, keys "<tensor>@<offset>", at most ~4 GiB each
@@ -7,7 +7,7 @@
 
 The safetensors format is written and read here by hand: the header is 8 bytes of length and a JSON object,
 and writing it ourselves lets the bytes go from the host buffer to the file without another copy, and lets a
-reader fetch any sub-range with one `pread`. Any safetensors library reads the files too.
+reader fetch any sub-range with one request. Any safetensors library reads the files too.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from __future__ import annotations
 import json
 import re
 import struct
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from pretrain.checkpoint.errors import CheckpointError
+from pretrain.checkpoint.store import Store, Where, open_store
 
 MANIFEST = "manifest.json"
 DTYPES: dict[str, torch.dtype] = {
@@ -44,18 +44,18 @@ _ATTEMPT = re.compile(r"[A-Za-z0-9]+")
 _OWNED = re.compile(r"(?:data|part|manifest)-([A-Za-z0-9]+)[-.]")
 
 
-def step_dir(root: Path, step: int) -> Path:
-    return root / f"step_{step:08d}"
+def step_dir(root: Where, step: int) -> Store:
+    return open_store(root) / f"step_{step:08d}"
 
 
-def step_dirs(root: Path) -> dict[int, Path]:
-    """The step folders under `root`, whole or not, newest first."""
-    found = {}
-    for path in root.iterdir() if root.is_dir() else ():
-        match = _STEP.fullmatch(path.name)
-        if match and path.is_dir():
-            found[int(match[1])] = path
-    return dict(sorted(found.items(), reverse=True))
+def step_dirs(root: Where) -> dict[int, Store]:
+    """The step folders under `root`, whole or not, newest first. Raises CheckpointError where it cannot be listed."""
+    store = open_store(root)
+    try:
+        matches = [match for name in store.folders() if (match := _STEP.fullmatch(name))]
+    except OSError as e:
+        raise CheckpointError(f"{store}: its checkpoints cannot be listed ({e.strerror})") from e
+    return {int(m[1]): store / m[0] for m in sorted(matches, key=lambda m: int(m[1]), reverse=True)}
 
 
 def data_name(attempt: str, rank: int, piece: int) -> str:
@@ -106,19 +106,18 @@ def encode_header(ranges: dict[str, tuple[str, int, int, int]], labels: dict[str
     return struct.pack("<Q", len(text)) + text
 
 
-def read_header(path: Path) -> tuple[dict[str, Placed], dict[str, str]]:
-    """The ranges and labels of a data file. Raises CheckpointError when the head is not readable."""
+def read_header(folder: Store, file: str, size: int) -> tuple[dict[str, Placed], dict[str, str]]:
+    """The ranges and labels of a data file of `size` bytes. Raises CheckpointError when the head is not readable."""
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size - 8:
-                raise ValueError(f"its header claims {length} bytes")
-            table = json.loads(file.read(length))
+        (length,) = struct.unpack("<Q", folder.read(file, 8))
+        if length > size - 8:
+            raise ValueError(f"its header claims {length} bytes")
+        table = json.loads(folder.read(file, 8 + length)[8:])
         labels = table.pop("__metadata__", {})
         base = 8 + length
         return {key: _placed(entry, base) for key, entry in table.items()}, labels
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as e:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({e}); use another checkpoint") from e
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as e:
+        raise CheckpointError(f"{folder / file}: not a readable safetensors file ({e}); use another checkpoint") from e
 
 
 def _placed(entry: dict, base: int) -> Placed:

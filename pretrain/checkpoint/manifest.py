@@ -14,11 +14,11 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from pretrain.checkpoint.errors import CheckpointError
-from pretrain.checkpoint.layout import DTYPES
+from pretrain.checkpoint.errors import CheckpointError, CheckpointTornError
+from pretrain.checkpoint.layout import DTYPES, MANIFEST
+from pretrain.checkpoint.store import Store
 
 FORMAT = "polyview-checkpoint"
 FORMAT_VERSION = 1
@@ -65,15 +65,15 @@ def seal(body: dict[str, Any]) -> bytes:
     return json.dumps({**body, "sha256": _digest(body)}, allow_nan=False).encode()
 
 
-def unseal(data: bytes, path: Path) -> dict[str, Any]:
-    """The body that `seal` wrote; CheckpointError, naming `path`, for anything else."""
+def unseal(data: bytes, where: Store) -> dict[str, Any]:
+    """The body that `seal` wrote; CheckpointError, naming `where`, for anything else."""
     try:
         body = json.loads(data)
         stored = body.pop("sha256")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise CheckpointError(f"{path}: damaged ({type(e).__name__}: {e}); use another checkpoint") from e
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise CheckpointError(f"{where}: damaged ({type(e).__name__}: {e}); use another checkpoint") from e
     if stored != _digest(body):
-        raise CheckpointError(f"{path}: damaged (its content does not match its SHA-256); use another checkpoint")
+        raise CheckpointError(f"{where}: damaged (its content does not match its SHA-256); use another checkpoint")
     return body
 
 
@@ -106,28 +106,32 @@ def encode_manifest(manifest: Manifest) -> bytes:
     )
 
 
-def read_manifest(path: Path) -> Manifest:
-    """Parse and check a manifest. Raises CheckpointError if absent, damaged or of another format."""
+def read_manifest(folder: Store) -> Manifest:
+    """Parse and check a step folder's manifest.
+
+    Raises CheckpointTornError if there is none, CheckpointError if it is damaged or of another format.
+    """
+    where = folder / MANIFEST
     try:
-        data = path.read_bytes()
+        data = folder.read(MANIFEST)
     except FileNotFoundError as e:
-        raise CheckpointError(
-            f"{path.parent}: not a whole checkpoint (no {path.name}: its save was interrupted or is still "
+        raise CheckpointTornError(
+            f"{folder}: not a whole checkpoint (no {MANIFEST}: its save was interrupted or is still "
             f"going on); use another step"
         ) from e
     except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from e
-    body = unseal(data, path)
+        raise CheckpointError(f"{where}: cannot be read ({e.strerror})") from e
+    body = unseal(data, where)
     if body.get("format") != FORMAT or body.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: format {body.get('format')!r} version {body.get('format_version')!r}; this polyview "
+            f"{where}: format {body.get('format')!r} version {body.get('format_version')!r}; this polyview "
             f"reads {FORMAT!r} version {FORMAT_VERSION}: use the polyview that wrote it"
         )
     tensors = decode_tensors(body["tensors"])
     return Manifest(body["step"], body["attempt"], body["world"], body["files"], tensors, body["meta"])
 
 
-def merge(parts: Iterable[Mapping[str, Entry]], where: Path) -> dict[str, Entry]:
+def merge(parts: Iterable[Mapping[str, Entry]], where: Store) -> dict[str, Entry]:
     """Join what the ranks wrote. Raises CheckpointError unless every tensor is there exactly once."""
     kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
     ranges: dict[str, list[Range]] = {}
@@ -142,7 +146,7 @@ def merge(parts: Iterable[Mapping[str, Entry]], where: Path) -> dict[str, Entry]
     return {name: _covered(name, Entry(*kinds[name], tuple(sorted(ranges[name]))), where) for name in kinds}
 
 
-def _covered(name: str, entry: Entry, where: Path) -> Entry:
+def _covered(name: str, entry: Entry, where: Store) -> Entry:
     """`entry` if its ranges are [0, numel) without gap or overlap."""
     if entry.dtype not in DTYPES:
         raise CheckpointError(f"{where}: tensor {name!r} is of unknown type {entry.dtype!r}")

@@ -1,88 +1,40 @@
 """Reading a checkpoint written by any number of ranks: whole tensors, or any range of one.
 
-Only the bytes asked for are read (`pread` at the place that the data file's header gives), so a rank of
-another layout loads its rows without seeing the rest. Whole tensors are checked against their checksums as
-they are read; parts of a range cannot be, which is what `verify` is for.
+Only the bytes asked for are read (at the place that the data file's header gives), so a rank of another layout loads
+its rows without seeing the rest. Whole tensors are checked against their checksums as they are read; parts of a range
+cannot be, which is what `verify` is for.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 import zlib
 from bisect import bisect_right
+from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pretrain.checkpoint.errors import CheckpointError
-from pretrain.checkpoint.layout import DTYPES, MANIFEST, Placed, range_key, read_header, step_dirs
+from pretrain.checkpoint.layout import DTYPES, Placed, range_key, read_header
 from pretrain.checkpoint.manifest import Entry, Manifest, Range, read_manifest
-
-log = logging.getLogger(__name__)
+from pretrain.checkpoint.store import Store
 
 _CHECK = 16 << 20  # bytes read at a time by verify
 
 
-def open_checkpoint(path: Path | str) -> Checkpoint:
-    """The checkpoint in one step folder. Raises CheckpointError if it is not whole."""
-    checkpoint = Checkpoint(Path(path))
-    checkpoint.check_files()
-    return checkpoint
-
-
-def find_checkpoint(path: Path | str) -> Checkpoint:
-    """The newest whole checkpoint of a run folder or a checkpoints folder, or the one in one step's folder.
-
-    Raises CheckpointError when there is none.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(
-            f"{path}: no such folder; give a run folder, its checkpoints folder, or one step's folder"
-        )
-    if (path / MANIFEST).is_file() or path.name.startswith("step_"):
-        return open_checkpoint(path)
-    found = find_latest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
-    if found is None:
-        raise CheckpointError(
-            f"{path} holds no whole checkpoint; give a run folder, its checkpoints folder, or one step's"
-        )
-    return found
-
-
-def find_latest(root: Path | str, *, verify: bool = False, at_most: int | None = None) -> Checkpoint | None:
-    """The whole checkpoint of the highest step under `root` (not above `at_most`), None when there is none.
-
-    Torn and damaged ones are passed over with a warning: no manifest, an unreadable one, files missing or of
-    the wrong size; with `verify` also bytes that do not match their checksums (reads everything).
-    """
-    for step, path in step_dirs(Path(root)).items():
-        if at_most is not None and step > at_most:
-            continue
-        try:
-            checkpoint = open_checkpoint(path)
-            if verify:
-                checkpoint.verify()
-            return checkpoint
-        except CheckpointError as e:
-            log.warning("checkpoint passed over: %s", e)
-    return None
-
-
 class Checkpoint:
-    """One whole checkpoint: `.step`, `.meta` (the run's JSON), `.world` (ranks that wrote it), and its
-    tensors.
+    """One whole checkpoint: `.path` (the step's folder), `.step`, `.meta` (the run's JSON), `.world` (ranks that wrote
+    it), `.attempt` (the start of the run that did), and its tensors.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Store) -> None:
         self.path = path
-        self._manifest = read_manifest(path / MANIFEST)
+        self._manifest = read_manifest(path)
         self.step = self._manifest.step
         self.world = self._manifest.world
+        self.attempt = self._manifest.attempt
         self.meta: dict[str, Any] = dict(self._manifest.meta)
         self._header = lru_cache(maxsize=None)(self._read_header)
 
@@ -101,7 +53,7 @@ class Checkpoint:
         flat = torch.empty(entry.numel, dtype=DTYPES[entry.dtype])
         for r in entry.ranges:
             data = _bytes(flat[r.offset : r.offset + r.length])
-            self._pread(name, entry, r, 0, data)
+            self._fill(name, entry, r, 0, data)
             if zlib.crc32(data) != r.crc32:
                 raise self._damaged(name, r)
         return flat.reshape(entry.shape)
@@ -120,26 +72,48 @@ class Checkpoint:
             if r.offset >= hi:
                 break
             start, stop = max(lo, r.offset), min(hi, r.offset + r.length)
-            self._pread(name, entry, r, start - r.offset, _bytes(flat[start - lo : stop - lo]))
+            self._fill(name, entry, r, start - r.offset, _bytes(flat[start - lo : stop - lo]))
         return flat
 
     def check_files(self) -> None:
         """Raise CheckpointError unless every data file is there with its size; cheap."""
         check_files(self.path, self._manifest)
 
-    def verify(self) -> None:
-        """Sizes, headers and checksums: reads all bytes. Raises CheckpointError at the first fault."""
+    def verify(self, rank: int = 0, world: int = 1) -> None:
+        """Sizes of all files, and headers and checksums of a `world`-th of the bytes; `world` ranks read them all.
+
+        Raises CheckpointError at the first fault.
+        """
         self.check_files()
-        for name, entry in self._manifest.tensors.items():
-            size = DTYPES[entry.dtype].itemsize
-            for r in entry.ranges:
+        for file, held in self._share(rank, world).items():
+            placed = sorted(((self._place(*which), which) for which in held), key=lambda p: p[0].start)
+            window = _Window(self.path, file, max(place.stop for place, _ in placed))
+            for place, (name, _, r) in placed:
                 crc = 0
-                for lo in range(0, max(r.length, 1), _CHECK // size):
-                    data = memoryview(bytearray((min(r.length, lo + _CHECK // size) - lo) * size))
-                    self._pread(name, entry, r, lo, data)
-                    crc = zlib.crc32(data, crc)
+                try:
+                    for data in window.views(place.start, place.stop):
+                        crc = zlib.crc32(data, crc)
+                except EOFError:
+                    raise self._damaged(name, r) from None
+                except OSError as e:
+                    raise self._unreadable(name, r, e) from e
                 if crc != r.crc32:
                     raise self._damaged(name, r)
+
+    def _share(self, rank: int, world: int) -> dict[str, list[tuple[str, Entry, Range]]]:
+        """The ranges that `rank` looks at, by file: those that begin in its part of all of them laid end to end."""
+        line = sorted(
+            ((name, entry, r) for name, entry in self._manifest.tensors.items() for r in entry.ranges),
+            key=lambda which: which[2].file,
+        )
+        sizes = [r.length * DTYPES[entry.dtype].itemsize for _, entry, r in line]
+        total, begin = max(sum(sizes), 1), 0
+        share: dict[str, list[tuple[str, Entry, Range]]] = {}
+        for which, size in zip(line, sizes):
+            if min(begin * world // total, world - 1) == rank:
+                share.setdefault(which[2].file, []).append(which)
+            begin += size
+        return share
 
     def _entry(self, name: str) -> Entry:
         try:
@@ -153,37 +127,38 @@ class Checkpoint:
 
     def _read_header(self, file: str) -> dict[str, Placed]:
         """Where the ranges of a data file are, once it has shown that it belongs to this checkpoint."""
-        placed, labels = read_header(self.path / file)
-        ours = {"step": str(self.step), "attempt": self._manifest.attempt}
+        placed, labels = read_header(self.path, file, self._manifest.files.get(file, 0))
+        ours = {"step": str(self.step), "attempt": self.attempt}
         if {k: labels.get(k) for k in ours} != ours:
             raise CheckpointError(
                 f"{self.path / file}: is of step {labels.get('step')}, attempt {labels.get('attempt')}; the "
-                f"manifest wants step {self.step}, attempt {self._manifest.attempt}: put the right file "
+                f"manifest wants step {self.step}, attempt {self.attempt}: put the right file "
                 f"back, or use another checkpoint"
             )
         return placed
 
-    def _pread(self, name: str, entry: Entry, r: Range, skip: int, out: memoryview) -> None:
-        """Fill `out` with the bytes from element `skip` of range `r` on."""
-        path, placed = self.path / r.file, self._header(r.file).get(range_key(name, r.offset))
+    def _place(self, name: str, entry: Entry, r: Range) -> Placed:
+        """Where range `r` lies in its file."""
+        placed = self._header(r.file).get(range_key(name, r.offset))
         if placed is None or placed[:2] != (entry.dtype, r.length):
             raise CheckpointError(
-                f"{path}: does not hold tensor {name!r}, elements [{r.offset}, {r.offset + r.length}), as "
-                f"the manifest says; files were mixed up or damaged: use another checkpoint"
+                f"{self.path / r.file}: does not hold tensor {name!r}, elements [{r.offset}, {r.offset + r.length}), "
+                f"as the manifest says; files were mixed up or damaged: use another checkpoint"
             )
-        place = placed.start + skip * DTYPES[entry.dtype].itemsize
+        return placed
+
+    def _fill(self, name: str, entry: Entry, r: Range, skip: int, out: memoryview) -> None:
+        """Fill `out` with the bytes from element `skip` of range `r` on."""
+        place = self._place(name, entry, r)
         try:
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                while out:
-                    got = os.preadv(fd, [out], place)
-                    if got == 0:
-                        raise self._damaged(name, r)
-                    out, place = out[got:], place + got
-            finally:
-                os.close(fd)
+            self.path.read_into(r.file, place.start + skip * DTYPES[entry.dtype].itemsize, out)
+        except EOFError:
+            raise self._damaged(name, r) from None
         except OSError as e:
-            raise CheckpointError(f"{path}: tensor {name!r} cannot be read ({e.strerror})") from e
+            raise self._unreadable(name, r, e) from e
+
+    def _unreadable(self, name: str, r: Range, error: OSError) -> CheckpointError:
+        return CheckpointError(f"{self.path / r.file}: tensor {name!r} cannot be read ({error.strerror})")
 
     def _damaged(self, name: str, r: Range) -> CheckpointError:
         return CheckpointError(
@@ -193,13 +168,35 @@ class Checkpoint:
         )
 
 
-def check_files(folder: Path, manifest: Manifest) -> None:
+class _Window:
+    """A data file read front to back in large pieces, however small the ranges in it are."""
+
+    def __init__(self, folder: Store, file: str, stop: int) -> None:
+        self._folder, self._file, self._stop = folder, file, stop
+        self._buffer = memoryview(bytearray(min(stop, _CHECK)))
+        self._lo = self._hi = 0
+
+    def views(self, lo: int, hi: int) -> Iterator[memoryview]:
+        """Bytes [lo, hi) in pieces, each good until the next is asked for."""
+        while lo < hi:
+            if not self._lo <= lo < self._hi:
+                self._lo, self._hi = lo, min(lo + len(self._buffer), self._stop)
+                self._folder.read_into(self._file, lo, self._buffer[: self._hi - lo])
+            stop = min(hi, self._hi)
+            yield self._buffer[lo - self._lo : stop - self._lo]
+            lo = stop
+
+
+def check_files(folder: Store, manifest: Manifest) -> None:
     """Raise CheckpointError, naming the file, unless all of a manifest's files have their sizes."""
+    try:
+        sizes = folder.sizes(manifest.files)
+    except OSError as e:
+        raise CheckpointError(f"{folder}: cannot be looked into ({e.strerror}); use another checkpoint") from e
     for name, size in manifest.files.items():
-        try:
-            found = (folder / name).stat().st_size
-        except OSError as e:
-            raise CheckpointError(f"{folder / name}: missing ({e.strerror}); use another checkpoint") from e
+        found = sizes.get(name)
+        if found is None:
+            raise CheckpointError(f"{folder / name}: missing; use another checkpoint")
         if found != size:
             raise CheckpointError(
                 f"{folder / name}: {found:,} bytes, should be {size:,}: cut short or damaged; use another checkpoint"

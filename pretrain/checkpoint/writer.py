@@ -7,18 +7,17 @@ same rank. Not here: what to save (the backends' fragments) and when (the traine
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import zlib
-from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor
 
 from pretrain.checkpoint.commit import commit, purge, sweep_others, sweep_own
-from pretrain.checkpoint.durable import sync_folder, write_durably
 from pretrain.checkpoint.errors import CheckpointError
 from pretrain.checkpoint.fragments import Fragment
 from pretrain.checkpoint.layout import (
@@ -31,6 +30,9 @@ from pretrain.checkpoint.layout import (
 )
 from pretrain.checkpoint.manifest import Entry, Range, encode_tensors, seal
 from pretrain.checkpoint.staging import FILE_LIMIT, HostBuffers, Piece, plan_files
+from pretrain.checkpoint.store import Where, open_store
+
+log = logging.getLogger(__name__)
 
 
 def new_attempt() -> str:
@@ -41,7 +43,8 @@ def new_attempt() -> str:
 class CheckpointWriter:
     """Writes `root`/step_<step>/ together with the writers of the other ranks.
 
-    root: the run's `checkpoints` folder, seen by all ranks. attempt: a token unique to this start of the run,
+    root: the run's `checkpoints` folder, seen by all ranks, or a URL; whether this rank may write there is tried at
+    once, not after hours of training: CheckpointDiskError where it may not. attempt: a token unique to this start of the run,
     the same on all ranks. keep_last: whole checkpoints kept (None: all); keep_every: steps divisible by it
     are kept besides. timeout_s: how long rank 0's thread waits for the other ranks' parts. file_limit: bytes
     of data a file, a multiple of 8.
@@ -49,7 +52,7 @@ class CheckpointWriter:
 
     def __init__(
         self,
-        root: Path,
+        root: Where,
         *,
         rank: int = 0,
         world: int = 1,
@@ -63,7 +66,7 @@ class CheckpointWriter:
             raise CheckpointError(f"keep_last={keep_last}: keep at least 1 checkpoint, or null to keep all")
         if not 0 <= rank < world:
             raise CheckpointError(f"rank {rank} is not one of a world of {world}")
-        self.root, self.rank, self.world = Path(root), rank, world
+        self.root, self.rank, self.world = open_store(root), rank, world
         self.attempt = check_attempt(attempt)
         self.committed: int | None = None  # rank 0: the last step this writer committed
         self._keep, self._timeout_s, self._file_limit = (keep_last, keep_every), timeout_s, file_limit
@@ -71,8 +74,12 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._last_step = -1
+        trial = f"trial-{self.attempt}-{rank:05d}"
+        self.root.write(trial, [b"may this rank write here?"])
+        self.root.remove([trial])
         if rank == 0:
-            sweep_others(self.root, self.attempt)
+            with _untidy():
+                sweep_others(self.root, self.attempt)
 
     def reserve(self, fragments: Sequence[Fragment]) -> None:
         """Make host memory ready in the background, so that the first save is as short as later ones.
@@ -140,12 +147,15 @@ class CheckpointWriter:
             if self.rank == 0:
                 commit(self.root, step, self.attempt, self.world, meta, self._timeout_s)
         except Exception as e:
-            self._give_up(step, e)
+            self._give_up(step, len(files), e)
+            if isinstance(e, OSError) and not isinstance(e, CheckpointError):
+                raise CheckpointError(f"{step_dir(self.root, step)}: not saved: {e.strerror or e}") from e
             raise
         if self.rank == 0:
             self.committed = step
-            sweep_own(self.root, self.attempt, step)
-            purge(self.root, step, *self._keep)
+            with _untidy():
+                sweep_own(self.root, self.attempt, step)
+                purge(self.root, step, *self._keep)
 
     def _write_part(self, step: int, files: list[list[Piece]], filled: list[Tensor]) -> None:
         """This rank's data files, then the part that lists them."""
@@ -161,25 +171,30 @@ class CheckpointWriter:
                 f, crc = p.fragment, zlib.crc32(data[p.start : p.stop])
                 kinds[f.name] = (DTYPE_NAMES[f.dtype], tuple(f.shape))
                 found.setdefault(f.name, []).append(Range(p.offset, p.hi - p.lo, name, crc))
-            write_durably(folder / name, [header, data])
+            folder.write(name, [header, data])
             sizes[name] = len(header) + len(data)
         tensors = {name: Entry(*kinds[name], tuple(ranges)) for name, ranges in found.items()}
-        sync_folder(folder)
+        folder.settle()
         part = seal({"rank": self.rank, "files": sizes, "tensors": encode_tensors(tensors)})
-        write_durably(folder / part_name(self.attempt, self.rank), [part])
+        folder.write(part_name(self.attempt, self.rank), [part])
 
-    def _give_up(self, step: int, error: Exception) -> None:
-        """Free the room this rank's torn files take, and tell rank 0, if the disk allows, not to wait."""
+    def _give_up(self, step: int, files: int, error: Exception) -> None:
+        """Free the room this rank's torn files take, and tell rank 0, if the place allows, not to wait."""
         self._last_step = -1 if self.committed is None else self.committed
-        folder = step_dir(self.root, step)
-        with suppress(OSError):
-            for path in folder.glob(f"data-{self.attempt}-{self.rank:05d}-*"):
-                path.unlink(missing_ok=True)
-        part = folder / part_name(self.attempt, self.rank)
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-            if self.rank != 0:
-                write_durably(part, [seal({"error": str(error)})])
+        folder, part = step_dir(self.root, step), part_name(self.attempt, self.rank)
+        folder.remove([part, *(data_name(self.attempt, self.rank, i) for i in range(files))])
+        if self.rank != 0:
+            with suppress(OSError):
+                folder.write(part, [seal({"error": str(error)})])
+
+
+@contextmanager
+def _untidy() -> Iterator[None]:
+    """What cannot be cleared away costs room, and no checkpoint."""
+    try:
+        yield
+    except (OSError, CheckpointError) as error:
+        log.warning("files of earlier saves were left where they are: %s", error)
 
 
 def _header_entry(p: Piece) -> tuple[str, int, int, int]:

@@ -1,7 +1,7 @@
 """Who this process is among the ranks: read from the launcher's environment, checked against what is wanted.
 
 torchrun, `accelerate launch`, srun through submitit and our own `pretrain.launch` all set RANK, WORLD_SIZE,
-LOCAL_RANK and MASTER_ADDR/PORT. What accelerate's configuration asks that we would not do is refused by name.
+LOCAL_RANK and MASTER_ADDR/PORT.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from pretrain.distributed.failures import explained
 from pretrain.errors import UserError
 
-TIMEOUT = datetime.timedelta(minutes=10)
-_LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
-"""How gloo and NCCL say that a process at the other end is gone."""
+STARTING = 4
+"""Times `faults.hang_s` that a start and its first step may take: they load, verify, compile."""
+TIMEOUT_S = 600.0
+"""Of a collective, where no watchdog watches."""
 
 
 @dataclass(frozen=True)
@@ -48,45 +50,41 @@ def check_world(wanted: int | None) -> None:
         )
 
 
-def check_accelerate(precision: str) -> None:
-    """UserError for settings of an accelerate config that this run would silently not follow."""
-    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED")):
-        if os.environ.get(variable, "false").lower() == "true":
-            raise UserError(
-                f"the accelerate config asks for {name} (distributed_type), the recipe runs backend ddp; "
-                f"use a config of type MULTI_GPU"
-            )
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked not in ("no", precision):
-        raise UserError(
-            f"accelerate asks for mixed_precision {asked}, the recipe for precision {precision}; make them equal"
-        )
+def ensure_group(process: Process) -> None:
+    """A group of this process alone where it is the only one: sharding engines want one at any world."""
+    if process.world == 1 and not dist.is_initialized():
+        backend = "nccl" if process.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 @contextmanager
-def process_group() -> Iterator[Process]:
+def process_group(hang_s: float | None = None) -> Iterator[Process]:
     """This process in its group (NCCL on GPUs, gloo else); the group is closed at the end.
 
+    hang_s: seconds after which a watchdog ends a rank that stands still; collectives wait longer, since it says more.
+
     Raises:
-        UserError: in a collective, because another rank is gone.
+        UserError: another rank is gone, or a GPU, the network or a collective failed in a way that is known.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        # cuBLAS is reproducible only with a workspace of its own, fixed before its first use
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if world > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=world, timeout=TIMEOUT)
     try:
+        if torch.cuda.is_available():
+            device = torch.device("cuda", local_rank % torch.cuda.device_count())
+            torch.cuda.set_device(device)
+            # cuBLAS is reproducible only with a workspace of its own, fixed before its first use
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        if world > 1:
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            timeout = datetime.timedelta(seconds=TIMEOUT_S + (hang_s or 0) * STARTING)
+            dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout)
         yield Process(rank, world, local_rank, device)
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in _LOST):
+        told = explained(error, rank, str(device))
+        if told is None:
             raise
-        raise UserError(f"rank {rank} lost another rank, which ended first: its own message says why") from None
+        raise told from None
     finally:
-        if world > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()

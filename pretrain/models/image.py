@@ -48,8 +48,12 @@ class ImageTower(nn.Module):
             self.projection = nn.Linear(self.pooled_dim, recipe.embed_dim, bias=False)
         init(self)
         # convolutions run a seventh faster so on a CPU, and as tensor cores want it on a GPU
-        self._layout = torch.contiguous_format if isinstance(self.backbone, VisionTransformer) else torch.channels_last
-        self.backbone.to(memory_format=self._layout)
+        self.lay_out(torch.contiguous_format if isinstance(self.backbone, VisionTransformer) else torch.channels_last)
+
+    def lay_out(self, layout: torch.memory_format) -> None:
+        """Keep kernels and images in this memory layout."""
+        self._layout = layout
+        self.backbone.to(memory_format=layout)
 
     def forward(self, images: Tensor, outputs: Collection[str | int] = ("embedding",)) -> dict[str | int, Tensor]:
         """(B, 3, S, S) uint8 -> the named outputs.

@@ -84,7 +84,7 @@ def _locked_parts(tower: nn.Module, unlocked: int, side: str, name: str) -> list
     """The tower, or all of it before its last `unlocked` blocks: what stands behind them is trained with them."""
     if not unlocked:
         return [tower]
-    before, blocks = _blocks(tower)
+    before, blocks = blocks_of(tower)
     if not blocks:
         raise UserError(f"model.lock.{side}_unlocked: {name} has no blocks or stages to tell apart; leave it out")
     if unlocked > len(blocks):
@@ -92,7 +92,7 @@ def _locked_parts(tower: nn.Module, unlocked: int, side: str, name: str) -> list
     return [*tower.parameters(recurse=False), *before, *blocks[:-unlocked]]
 
 
-def _blocks(tower: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+def blocks_of(tower: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     """(what comes before the blocks, the blocks): timm's towers and our own have their children in running order."""
     before: list[nn.Module] = []
     children = list(tower.named_children())

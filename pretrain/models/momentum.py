@@ -12,8 +12,9 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from pretrain.distributed.shards import local
 from pretrain.recipe import EmaRecipe
 
 FOLLOW = 10
@@ -38,8 +39,9 @@ class MomentumCopy(nn.Module):
     @torch.no_grad()
     def update(self, module: nn.Module, momentum: float, step: int) -> None:
         """copy <- momentum · copy + (1 - momentum) · module, after 0-based `step`; counters are copied."""
-        own: list[Tensor] = list(self.copy.parameters())
-        torch._foreach_lerp_(own, [p.to(o.dtype) for o, p in zip(own, module.parameters())], 1.0 - momentum)
+        own = [local(p) for p in self.copy.parameters()]  # a sharded copy lies as what it follows
+        theirs = [local(p).to(o.dtype) for o, p in zip(own, module.parameters())]
+        torch._foreach_lerp_(own, theirs, 1.0 - momentum)
         statistics = min(momentum, (step + 1) / (step + 1 + FOLLOW))
         buffers = list(zip(self.copy.buffers(), module.buffers()))
         moved = [(mine, its.to(mine.dtype)) for mine, its in buffers if mine.is_floating_point()]

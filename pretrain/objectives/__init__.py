@@ -35,7 +35,7 @@ def known() -> list[str]:
 
 
 def _build_one(name: str, wanted: float | dict[str, Any], facts: RunFacts) -> Objective:
-    cls = _find(name)
+    cls = find(name)
     given = {"weight": wanted} if isinstance(wanted, int | float) else wanted
     try:
         options = cls.Options.model_validate(given)
@@ -46,7 +46,8 @@ def _build_one(name: str, wanted: float | dict[str, Any], facts: RunFacts) -> Ob
         return cls(options, facts)
 
 
-def _find(name: str) -> type[Objective]:
+def find(name: str) -> type[Objective]:
+    """The class of an objective; UserError, with the nearest name, where there is none."""
     module_name = name if "." in name else f"{__name__}.{name}"
     if "." not in name and name not in known():
         near = difflib.get_close_matches(name, known(), n=1)

@@ -17,6 +17,7 @@ from torch import nn
 
 from pretrain.errors import UserError
 from pretrain.optim.lars import Lars
+from pretrain.optim.muon import MuonAndAdamW
 from pretrain.optim.schedule import Rates
 from pretrain.recipe import OptimizerRecipe
 
@@ -26,10 +27,17 @@ _BLOCK = re.compile(r"(?:blocks|stages|layers)\.(\d+)\.|layer(\d+)\.")
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], recipe: OptimizerRecipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer over all of `parameters` that require a gradient; `set_rates` before every step."""
+    """The recipe's optimizer over all of `parameters` that require a gradient; `set_rates` before every step.
+
+    Raises:
+        UserError: layer_decay or muon for towers without blocks, or without matrices in them.
+    """
     groups = _groups(parameters, recipe)
-    if recipe.name == "adamw":
-        return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
+    if recipe.name in ("adamw", "muon"):
+        adamw: dict[str, Any] = {"lr": recipe.lr, "betas": recipe.betas, "eps": recipe.eps}
+        return (
+            MuonAndAdamW(groups, **adamw) if recipe.name == "muon" else torch.optim.AdamW(groups, fused=True, **adamw)
+        )
     kind: dict[str, Any] = {"lr": recipe.lr, "momentum": recipe.momentum, "nesterov": recipe.nesterov}
     if recipe.name == "lars":
         return Lars(groups, trust_coefficient=recipe.trust_coefficient, **kind)
@@ -69,14 +77,34 @@ def layer_scales(names: Iterable[str], decay: float) -> dict[str, float]:
 
 
 def _groups(parameters: Mapping[str, nn.Parameter], recipe: OptimizerRecipe) -> list[dict[str, Any]]:
-    """Matrices, then vectors, each by its share of the learning rate. `adapted` is read by LARS alone."""
+    """Matrices, then vectors, each by its share of the learning rate. `adapted` is read by LARS alone, `pieces` by
+    Muon."""
     scales = layer_scales(parameters, recipe.layer_decay)
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
+    pieces = muon_pieces(parameters) if recipe.name == "muon" else {}
+    groups: dict[tuple[int, bool, float], list[nn.Parameter]] = defaultdict(list)
     for name, p in parameters.items():
         if p.requires_grad:
-            groups[recipe.exclude_vectors and p.squeeze().ndim < 2, scales[name]].append(p)
+            vector = recipe.exclude_vectors and sum(n > 1 for n in p.shape) < 2
+            groups[pieces.get(name, 0), vector, scales[name]].append(p)
     return [
         {"params": params, "weight_decay": 0.0 if vector else recipe.weight_decay, "decayed": not vector,
-         "adapted": not vector, "lr_scale": scale}
-        for (vector, scale), params in sorted(groups.items(), key=lambda group: group[0])
+         "adapted": not vector, "lr_scale": scale, "pieces": n}
+        for (n, vector, scale), params in sorted(groups.items(), key=lambda group: group[0])
     ]  # fmt: skip
+
+
+def muon_pieces(parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
+    """The trained matrices of the towers' blocks, and how many each is: three where queries, keys and values are one.
+
+    Raises:
+        UserError: towers that have none, as of convolutions alone.
+    """
+    found: dict[str, int] = {}
+    towers = {name: p for name, p in parameters.items() if p.requires_grad and name.startswith(TOWERS)}
+    for name, p in towers.items():
+        inside = any(_BLOCK.match(name.removeprefix(tower)) for tower in TOWERS)
+        if inside and p.ndim == 2 and min(p.shape) > 1:
+            found[name] = 3 if name.endswith("qkv.weight") else 1
+    if towers and not found:
+        raise UserError("optimizer.name muon: no block of the towers has a trained matrix; take adamw")
+    return found

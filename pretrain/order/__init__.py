@@ -3,5 +3,8 @@
 from pretrain.order.balanced import BALANCED_VERSION, BalancedOrder
 from pretrain.order.base import Batch, Order
 from pretrain.order.order import MAX_LANES, ORDER_VERSION, SampleOrder
+from pretrain.order.skipping import SkippingOrder
 
-__all__ = ["BALANCED_VERSION", "MAX_LANES", "ORDER_VERSION", "BalancedOrder", "Batch", "Order", "SampleOrder"]
+__all__ = [
+    "BALANCED_VERSION", "MAX_LANES", "ORDER_VERSION", "BalancedOrder", "Batch", "Order", "SampleOrder", "SkippingOrder",
+]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from pretrain.recipe.base import Part
 
@@ -23,10 +23,20 @@ def _bare_path(value: Any) -> Any:
 
 
 class SegmentRecipe(Part):
-    """A change of the sources' weights during a run."""
+    """A change of the data during a run: other weights of the sources, or batches that are left out."""
 
     from_step: int = Field(ge=0)
-    weights: list[float]
+    """Of weights: counted in batches of the order, those left out too."""
+    weights: list[float] | None = None
+    """A share for every source, from here on."""
+    skip: int = Field(default=0, ge=0)
+    """So many batches, from here on, are never seen."""
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> SegmentRecipe:
+        if (self.weights is None) == (not self.skip):
+            raise ValueError("give a segment either weights or skip")
+        return self
 
 
 class DataRecipe(Part):
@@ -34,7 +44,7 @@ class DataRecipe(Part):
 
     sources: list[Annotated[SourceRecipe, BeforeValidator(_bare_path)]] = Field(min_length=1)
     segments: list[SegmentRecipe] = []
-    """Weight changes, appended while the run goes on; what was seen stays as it was."""
+    """Changes that are appended while the run goes on; what was seen stays as it was."""
     block: int | None = Field(default=None, ge=1)
     """Samples that lie together in a shard and are read at once; null: clamp(N / (16·lanes), 1, 256)."""
     window: int = Field(default=4096, ge=1)

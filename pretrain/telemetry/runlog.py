@@ -7,8 +7,8 @@ A step's line is {"step", "time", "samples_seen", "epoch", "loss", "loss/<object
 so a crash costs at most a half-written last line; a resume leaves the lines it overtakes and `read_log` drops
 them. JSON has no NaN: numbers that are not finite become null and are named under "nonfinite".
 
-TensorBoard gets the same numbers, purged at a resume; without the package it is left out with one warning. It
-is no source of truth: nothing in polyview reads it.
+TensorBoard gets the same numbers, purged at a resume; without the package it is left out with one warning. So does
+W&B where the recipe asks for it. Neither is a source of truth: nothing in polyview reads them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from pretrain.recipe import Recipe
 from pretrain.telemetry.progress import Progress
+from pretrain.telemetry.wandb_sink import WandbSink
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +37,11 @@ class RunLog:
     """Writes the log of the run in folder `run`, on rank 0; on other ranks every call does nothing.
 
     resume_step: the step the run is taken up again after (None: it starts from nothing). total_steps: for the
-    ETA. stream: of the progress line, default stderr. The first line is the "start" or "resume" event.
+    ETA. recipe: what W&B is told, where its `log.wandb` asks for it. stream: of the progress line, default stderr. The
+    first line is the "start" or "resume" event.
+
+    Raises:
+        UserError: W&B is asked for, but not installed, or nobody is logged in.
     """
 
     def __init__(
@@ -46,18 +52,20 @@ class RunLog:
         resume_step: int | None = None,
         rank: int = 0,
         tensorboard: bool = True,
+        recipe: Recipe | None = None,
         stream: TextIO | None = None,
     ) -> None:
         self.active = rank == 0
         if not self.active:
             return
         run.mkdir(parents=True, exist_ok=True)
+        self._wandb = WandbSink(run, recipe.log.wandb, recipe) if recipe and recipe.log.wandb else None
         self.path = run / FILE
         self._fd = _open_for_append(self.path)
         self._torn = False  # the last line is half-written
         self._board = _open_board(run / "tensorboard", resume_step) if tensorboard else None
         self._progress = Progress(total_steps, stream=stream)
-        self.event("start" if resume_step is None else "resume", step=resume_step or 0)
+        self.event("start" if resume_step is None else "resume", step=resume_step or 0, total_steps=total_steps)
 
     def step(self, step: int, numbers: Mapping[str, Any]) -> None:
         """Log the numbers of `step`. Tensors of one element are read here, which waits for the device."""
@@ -68,6 +76,8 @@ class RunLog:
         self._append({"step": step, "time": now, **plain})
         self._progress.update(step, plain)
         self._plot(step, plain, now)
+        if self._wandb is not None:
+            self._wandb.step(step, plain)
 
     def event(self, event: str, **fields: Any) -> None:
         """Log that something happened; an event "save" with its step shows in the progress line too."""
@@ -86,6 +96,8 @@ class RunLog:
         if self._board is not None:
             with suppress(OSError):  # the disk is full: the same numbers are in the log
                 self._board.close()
+        if self._wandb is not None:
+            self._wandb.close()
 
     def __enter__(self) -> RunLog:
         return self

@@ -31,18 +31,27 @@ def load_trunk(trunk: Trunk, checkpoint: Checkpoint, of: Which = "model") -> Non
     Raises:
         UserError: there is none, or names or shapes differ; all are shown, nothing was copied.
     """
-    stored = {n.removeprefix(f"{of}."): n for n in checkpoint.names() if n.startswith(f"{of}.")}
-    if not stored:
-        raise UserError(f"{checkpoint.path} holds {ABSENT[of]}")
     own = trunk.state_dict()
-    differ = differences(
-        {n: tuple(t.shape) for n, t in own.items()}, {n: checkpoint.shape(full) for n, full in stored.items()}
-    )
-    if differ:
-        raise UserError(f"{checkpoint.path} is of another model than {trunk.image.name} as built here:\n{differ}")
+    stored = stored_names({n: tuple(t.shape) for n, t in own.items()}, checkpoint, of, trunk.image.name)
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(checkpoint.read(stored[name]))
+
+
+def stored_names(
+    shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint, of: Which, tower: str
+) -> dict[str, str]:
+    """The checkpoint's names for the tensors of a trunk, whose shapes must be these.
+
+    Raises:
+        UserError: as `load_trunk`.
+    """
+    stored = {n.removeprefix(f"{of}."): n for n in checkpoint.names() if n.startswith(f"{of}.")}
+    if not stored:
+        raise UserError(f"{checkpoint.path} holds {ABSENT[of]}")
+    if differ := differences(shapes, {n: checkpoint.shape(full) for n, full in stored.items()}):
+        raise UserError(f"{checkpoint.path} is of another model than {tower} as built here:\n{differ}")
+    return stored
 
 
 def save_export(tensors: Mapping[str, Tensor], model: ModelRecipe, folder: Path, **facts: Any) -> None:

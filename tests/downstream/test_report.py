@@ -15,10 +15,11 @@ import yaml
 from downstream.__main__ import main
 from downstream.report import charts, confusion, curves, scatter
 from downstream.report.glossary import meaning
-from downstream.report.markup import esc, image, number, share
+from downstream.report.markup import image, share
 from downstream.report.page import collect, page
 from downstream.report.tables import columns, verdict
 from downstream.results import Result, write
+from pretrain.markup import esc, number
 from tests.tiny import recipe_data
 
 VOID = {"meta", "img", "br", "line", "circle", "rect", "path", "input"}

@@ -11,11 +11,14 @@ import pytest
 import torch
 
 from pretrain.__main__ import main
-from pretrain.check import Report, check, memory
+from pretrain.check import Report, check, fit, memory
+from pretrain.check.show import show
 from pretrain.checkpoint import find_latest
+from pretrain.errors import UserError
+from pretrain.models.compute import checkpoint_blocks
 from pretrain.parts import build_modules
 from pretrain.probe import probe_inputs
-from pretrain.recipe import parse_recipe
+from pretrain.recipe import Recipe, parse_recipe
 from tests.runs import train_here
 from tests.tiny import RESNET, VIT, add, picture, recipe_data, write_recipe, write_shards
 
@@ -86,6 +89,21 @@ def test_the_activations_are_what_autograd_really_keeps(name, precision):
     assert counted.saved + counted.cast_weights == pytest.approx(real.bytes(), rel=within)
 
 
+@pytest.mark.parametrize("name", ["vit", "resnet", "pyramid-vit"])
+def test_the_activations_of_checkpointed_blocks_are_what_autograd_really_keeps(name):
+    model, objectives = MODELS[name]
+    recipe = parse_recipe(recipe_data(Path("s"), Path("r"), model=model, objectives=objectives), "test")
+    modules = memory.build(recipe, 60, 1)
+    inputs = probe_inputs(modules.joint, recipe, 9)
+    counted = memory.forward(modules.trunk, inputs, bf16=False)
+    trunk, *_ = build_modules(recipe, 60, 0, 1)
+    checkpoint_blocks(trunk)
+    with memory.SavedBytes([*trunk.parameters(), *trunk.buffers()]) as real:
+        trunk({request: materialised(x) for request, x in inputs.items()})
+    assert counted.checkpointed == pytest.approx(real.bytes(), rel=0.01)
+    assert counted.checkpointed + counted.largest_block < counted.saved
+
+
 def materialised(x: Any) -> Any:
     if isinstance(x, torch.Tensor):
         return torch.randint(0, 255, x.shape, dtype=torch.uint8) if x.is_meta else x
@@ -121,6 +139,100 @@ def test_what_does_not_fit_is_told_with_an_accumulation_that_fits(shards, tmp_pa
     assert accumulation > 1
     assert problems(accumulation, 24 << 20) == []
     assert problems(1, 1 << 20)[0].endswith("more ranks, or a smaller model")
+
+
+@pytest.mark.parametrize(
+    ("changes", "mib", "wanted"),
+    [
+        ({}, 300, "accumulation=2"),
+        ({}, 190, "precision=bf16 accumulation="),
+        ({"precision": "bf16"}, 183, "compute.checkpoint_blocks=true accumulation="),
+        ({"precision": "bf16", "compute": {"checkpoint_blocks": True}}, 120, "backend=zero1 accumulation="),
+        (
+            {"precision": "bf16", "compute": {"checkpoint_blocks": True}, "optimizer": {"name": "muon"}},
+            90,
+            "backend=fsdp2",
+        ),
+    ],
+)
+def test_what_would_fit_is_told_in_the_order_of_its_cost(changes, mib, wanted):
+    vit = VIT | {"image": "vit_small_patch16_224", "image_size": 64, "image_kwargs": {"depth": 4}}
+    recipe = parse_recipe(recipe_data(Path("s"), Path("r"), model=vit, global_batch=128, **changes), "test")
+    modules = memory.build(recipe, 60, 4)
+    said = fit.advice(recipe, modules, mib << 20, 4)
+    assert said.partition(": ")[2].startswith(wanted), said
+    k = int(said.partition("accumulation=")[2].split()[0])
+    assert 32 % k == 0
+
+
+def test_every_backend_is_told_with_what_a_rank_holds(shards, tmp_path):
+    table = looked(shards, tmp_path, {"world": 4}).sections["memory of a rank by backend"]
+    assert list(table) == ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
+    trunk, joint, _ = build_modules(parse_recipe(recipe_data(shards, tmp_path), "test"), 60, 0, 1)
+    buffers = sum(b.nbytes for b in trunk.buffers())
+    assert buffers == 0
+    whole = 4 * sum(p.numel() for p in trunk.parameters())
+    own = 16 * sum(p.numel() for p in joint.parameters())
+    state = {name: row["state_bytes"] - own for name, row in table.items()}
+    assert state["ddp"] == 4 * whole
+    assert state["zero1"] == pytest.approx(
+        (2 + 3 / 4 + 1) * whole, abs=8
+    )  # masters, and a bucket as large as the model
+    assert state["zero2"] == pytest.approx((1 + 4 / 4 + 1) * whole, abs=8)
+    assert state["fsdp2"] > whole  # tiny as it is, most of it is gathered
+    muon = looked(shards, tmp_path, {"world": 4}, optimizer={"name": "muon"})
+    assert list(muon.sections["memory of a rank by backend"]) == ["ddp", "fsdp2"]
+    assert "fsdp2" in show(muon)
+
+
+# ---- local_batch
+
+
+def test_a_local_batch_becomes_an_accumulation(shards, tmp_path):
+    def resolved(world: int = 2, **changes: Any) -> Recipe:
+        recipe = parse_recipe(recipe_data(shards, tmp_path / "run", **changes), "test")
+        return fit.resolve_local_batch(recipe, world, torch.device("cpu"))
+
+    assert resolved().accumulation == 1
+    done = resolved(local_batch=2)
+    assert (done.accumulation, done.local_batch) == (3, None)
+    with pytest.raises(UserError, match="local_batch 4 does not divide a rank's 6 samples of a step; try 3 or 6"):
+        resolved(local_batch=4)
+    with pytest.raises(UserError, match="local_batch 9 does not divide a rank's 6 samples of a step; try 6"):
+        resolved(local_batch=9)
+    with pytest.raises(UserError, match="give one of them"):
+        resolved(local_batch=2, accumulation=2)
+    with pytest.raises(UserError, match="must be a multiple of world 5"):
+        resolved(world=5, local_batch=2)
+
+
+def test_auto_is_the_smallest_accumulation_that_fits_nine_tenths(shards, tmp_path, monkeypatch, caplog):
+    data = recipe_data(shards, tmp_path / "run", model=RESNET, global_batch=48, local_batch="auto")
+    recipe = parse_recipe(data, "test")
+    needed = {
+        k: looked(shards, tmp_path, model=RESNET, global_batch=48, accumulation=k).sections["memory of a rank"]
+        for k in (1, 2, 3, 4)
+    }
+    caplog.set_level("INFO")
+    for k in (1, 2, 3, 4):
+        there = needed[k]["total_bytes"] / 0.9 + 8
+        monkeypatch.setattr(fit, "memory_of", lambda *_, there=there: there)
+        assert fit.resolve_local_batch(recipe, 1, torch.device("cpu")).accumulation == k
+    assert "local_batch auto: 12 samples at once, accumulation 4" in caplog.text
+    assert "statistics are of a micro-batch" in caplog.text
+    monkeypatch.setattr(fit, "memory_of", lambda *_: 1 << 20)
+    with pytest.raises(UserError, match="local_batch auto: a rank needs about .*more ranks, or a smaller model"):
+        fit.resolve_local_batch(recipe, 1, torch.device("cpu"))
+    monkeypatch.undo()
+    assert fit.resolve_local_batch(recipe, 1, torch.device("cpu")).accumulation == 1
+
+
+def test_the_free_memory_of_a_machine_is_shared_by_its_ranks(monkeypatch):
+    alone = fit.memory_of(torch.device("cpu"), 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert fit.memory_of(torch.device("cpu"), 8) == pytest.approx(alone / 2, rel=0.2)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert fit.memory_of(torch.device("cpu"), 4) == pytest.approx(alone / 4, rel=0.2)
 
 
 def test_a_large_model_takes_no_memory_and_its_size_is_told(shards, tmp_path):

@@ -11,6 +11,8 @@ import torch
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from pretrain.backends.state import load_optimizer, optimizer_tensors
 from pretrain.checkpoint import CheckpointWriter, open_checkpoint, slice_for_rank, step_dir
@@ -19,10 +21,12 @@ from pretrain.models.trunk import build_trunk
 from pretrain.optim.build import build_optimizer, layer_scales, set_rates
 from pretrain.optim.schedule import Rates, lr_at, rates_at, weight_decay_at
 from pretrain.recipe import OptimizerRecipe, ScheduleRecipe, parse_recipe
+from tests.ranks import run_ranks
 from tests.tiny import VIT, recipe_data
 
 LARS = OptimizerRecipe(name="lars", lr=4.8, weight_decay=1e-2, exclude_vectors=False)
 SGD = OptimizerRecipe(name="sgd", lr=0.1, weight_decay=1e-2, exclude_vectors=False)
+MUON = OptimizerRecipe(name="muon", weight_decay=0.3)
 
 
 def test_the_schedule_is_open_clips():
@@ -65,7 +69,7 @@ def test_the_weight_decay_is_dinos():
     assert rates_at(0, 1000, recipe) == pytest.approx(Rates(lr=0.2, weight_decay=0.04))
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars", "muon"])
 def test_matrices_are_decayed_and_vectors_are_not(name: str):
     trunk = build_trunk(parse_recipe(recipe_data("s", "r", model=VIT), "test").model, seed=0)
     named = {**dict(trunk.named_parameters()), "logit_scale": nn.Parameter(torch.zeros(1))}
@@ -90,9 +94,10 @@ def test_vectors_are_decayed_where_the_recipe_says_so():
 
 
 def _parameters(seed: int = 0) -> dict[str, nn.Parameter]:
-    """In float64: a matrix, a norm's scale, a bias that starts as 0, prototypes that wait for their gradient."""
+    """In float64: a matrix, a norm's scale, a bias that starts as 0, prototypes that wait for a gradient, a block."""
     draw = torch.Generator().manual_seed(seed)
     shapes = {"matrix": (5, 7), "scale": (5,), "bias": (5,), "prototypes": (6, 5), "silent": (3, 4)}
+    shapes |= {"text.blocks.0.qkv.weight": (9, 4), "text.blocks.0.fc1.weight": (8, 3)}
     tensors = {n: torch.randn(s, dtype=torch.float64, generator=draw) for n, s in shapes.items()}
     tensors["bias"].zero_()
     return {n: nn.Parameter(t) for n, t in tensors.items()}
@@ -190,8 +195,78 @@ def test_adamw_is_torchs():
         torch.testing.assert_close(ours[name], expected, rtol=1e-9, atol=1e-12, msg=name)
 
 
+def test_muon_is_torchs_for_the_matrices_of_blocks_and_adamw_for_the_rest():
+    ours, theirs = _parameters(), _parameters()
+    blocks = {n: theirs.pop(n).detach() for n in [*theirs] if "blocks" in n}
+    pieces = [
+        nn.Parameter(x.clone()) for x in (*blocks["text.blocks.0.qkv.weight"].chunk(3), *list(blocks.values())[1:])
+    ]
+    adamw = {"lr": 0.5, "betas": (0.8, 0.95), "eps": 1e-7}
+    muon = torch.optim.Muon(pieces, lr=0.5, weight_decay=0.3, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    vectors = [p for p in theirs.values() if p.ndim < 2]
+    groups = [{"params": [p for p in theirs.values() if p.ndim > 1]}, {"params": vectors, "weight_decay": 0.0}]
+    rest = torch.optim.AdamW(groups, **adamw, weight_decay=0.3)
+    optimizer = build_optimizer(ours, OptimizerRecipe(name="muon", betas=(0.8, 0.95), eps=1e-7))
+    for step in range(5):
+        gradients = _gradients(step)
+        for name, p in theirs.items():
+            p.grad = gradients[name]
+        for p, g in zip(
+            pieces, (*gradients["text.blocks.0.qkv.weight"].chunk(3), gradients["text.blocks.0.fc1.weight"])
+        ):
+            p.grad = g
+        muon.step()
+        rest.step()
+        for name, p in ours.items():
+            p.grad = gradients[name]
+        set_rates(optimizer, Rates(lr=0.5, weight_decay=0.3))
+        optimizer.step()
+    moved = {**theirs, "text.blocks.0.qkv.weight": torch.cat(pieces[:3]), "text.blocks.0.fc1.weight": pieces[3]}
+    for name, p in ours.items():
+        torch.testing.assert_close(p, moved[name], rtol=1e-9, atol=1e-12, msg=name)
+    assert not torch.equal(ours["text.blocks.0.qkv.weight"], _parameters()["text.blocks.0.qkv.weight"])
+
+
+def test_muon_takes_the_matrices_of_both_towers_blocks_alone():
+    trunk = build_trunk(parse_recipe(recipe_data("s", "r", model=VIT), "test").model, seed=0)
+    named = dict(trunk.named_parameters())
+    optimizer = build_optimizer(named, OptimizerRecipe(name="muon", layer_decay=0.5))
+    group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+    pieces = {name: group_of[p]["pieces"] for name, p in named.items() if group_of[p]["pieces"]}
+    kinds = {"attn.qkv": 3, "attn.proj": 1, "mlp.fc1": 1, "mlp.fc2": 1}
+    wanted = {f"image.backbone.blocks.{i}.{n}.weight": k for i in range(2) for n, k in kinds.items()}
+    kinds = {"qkv": 3, "proj": 1, "fc1": 1, "fc2": 1}
+    assert pieces == wanted | {f"text.blocks.{i}.{n}.weight": k for i in range(2) for n, k in kinds.items()}
+    assert group_of[named["text.blocks.0.qkv.weight"]]["lr_scale"] == 0.5
+    with pytest.raises(UserError, match="no block of the towers has a trained matrix"):
+        build_optimizer({"image.backbone.layer1.0.conv1.weight": nn.Parameter(torch.ones(2, 2, 3, 3))}, MUON)
+
+
+def _spread(rank: int, world: int) -> dict[str, torch.Tensor]:
+    """Muon's and AdamW's steps over rows that lie on several ranks, against whole tensors."""
+    mesh = init_device_mesh("cpu", (world,))
+    alone, spread = _parameters(), _parameters()
+    spread = {n: nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for n, p in spread.items()}
+    optimizers = [build_optimizer(p, MUON) for p in (alone, spread)]
+    for step in range(4):
+        for parameters, optimizer in zip((alone, spread), optimizers):
+            for name, gradient in _gradients(step).items():
+                if gradient is not None and parameters is spread:
+                    gradient = distribute_tensor(gradient, mesh, [Shard(0)])
+                parameters[name].grad = gradient
+            set_rates(optimizer, Rates(lr=0.1, weight_decay=0.2))
+            optimizer.step()
+    return {n: (spread[n].full_tensor() - p).detach().abs().max() for n, p in alone.items()}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_muon_over_rows_that_are_spread_is_muon(world: int):
+    for found in run_ranks(_spread, world):
+        assert max(found.values()) < 1e-12, found
+
+
 @pytest.mark.parametrize("steps", [0, 1, 3])
-@pytest.mark.parametrize("recipe", [LARS, SGD, SGD.model_copy(update={"momentum": 0.0}), OptimizerRecipe()])
+@pytest.mark.parametrize("recipe", [LARS, SGD, SGD.model_copy(update={"momentum": 0.0}), OptimizerRecipe(), MUON])
 def test_a_checkpoint_carries_the_optimizer(recipe: OptimizerRecipe, steps: int, tmp_path):
     parameters = _parameters()
     optimizer = build_optimizer(parameters, recipe)

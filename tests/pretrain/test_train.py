@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from pretrain.checkpoint import find_latest
+from pretrain.exit_codes import NOT_FINITE, STOPPED
 from pretrain.recipe import load_recipe
 from pretrain.run import RunFolder
 from pretrain.telemetry import read_events
@@ -54,7 +55,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, shards):
     wait_for_a_step(run / "log.jsonl", process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, told = process.communicate(timeout=60)
-    assert process.returncode == 130, told  # so that `train && evaluate` does not go on with a part of a run
+    assert process.returncode == STOPPED, told  # so that `train && evaluate` does not go on with a part of a run
     assert "the same command goes on" in told
     stopped = find_latest(run / "checkpoints")
     assert stopped is not None
@@ -149,7 +150,7 @@ def test_accelerate_launch_trains_on_two_processes_like_the_own_launcher(tmp_pat
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, shards, capsys):
     recipe = write_recipe(tmp_path / "r.yaml", recipe_data(shards, tmp_path / "run", optimizer={"lr": 1e18}))
-    assert train_here(recipe) == 2
+    assert train_here(recipe) == NOT_FINITE
     told = capsys.readouterr().err
     assert "No weight was touched" in told
     assert "polyview replay" in told

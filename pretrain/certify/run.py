@@ -1,0 +1,81 @@
+"""Certify a recipe: the reference here, then every world as processes of its own on this machine."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from pretrain.certify.cells import Cell
+from pretrain.certify.peers import Peer
+from pretrain.certify.reference import reference
+from pretrain.certify.shrink import ROWS, shrink, steady
+from pretrain.certify.table import Certificate
+from pretrain.errors import UserError
+from pretrain.launch import run_world
+from pretrain.recipe import Recipe, dump_recipe
+from pretrain.telemetry.provenance import versions
+
+log = logging.getLogger(__name__)
+
+BACKENDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+WORLDS = (1, 2, 3)
+ACCUMULATIONS = (1, 4)
+
+
+def certify(
+    recipe: Recipe,
+    *,
+    full: bool = False,
+    worlds: Sequence[int] = WORLDS,
+    backends: Sequence[str] = BACKENDS,
+    accumulations: Sequence[int] = ACCUMULATIONS,
+) -> Certificate:
+    """Every backend x world x accumulation against float64; `full` leaves the towers at their size.
+
+    Nothing is read but the recipe, and nothing but a temporary folder is written.
+
+    Raises:
+        UserError: a world that does not divide the batch; a model or an objective that cannot be built, or whose own
+            gradients are not the textbook's; a world that ended with an error.
+    """
+    for world in worlds:
+        if ROWS % (world * max(accumulations)):
+            raise UserError(f"--worlds {world}: {ROWS} rows do not divide into {world} x {max(accumulations)} parts")
+    small, notes = (steady if full else shrink)(recipe)
+    expected = {drawn: reference(small, drawn) for drawn in (torch.float32, torch.float64)}
+    cells: list[Cell] = []
+    peers: list[Peer] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "recipe.yaml").write_text(dump_recipe(small))
+        (folder / "asked.json").write_text(json.dumps({"backends": backends, "accumulations": accumulations}))
+        for drawn, found in expected.items():
+            save_file({n: g.contiguous() for n, g in found.gradients.items()}, folder / f"{drawn}.safetensors")
+        for world in worlds:
+            log.info(f"{recipe.name}: world {world}")
+            found_cells, found_peers = _run(folder, world)
+            cells, peers = cells + found_cells, peers + found_peers
+    about = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seed": recipe.seed,
+        "versions": versions(),
+        "made small": notes,
+        "reference": f"held against {expected[torch.float32].source}",
+    }
+    return Certificate(recipe.name, about, cells, peers)
+
+
+def _run(folder: Path, world: int) -> tuple[list[Cell], list[Peer]]:
+    os.environ["OMP_NUM_THREADS"] = "1"  # a rank a thread: sums come in one order
+    if run_world(world, ["-m", "pretrain.certify.rank", str(folder)]):
+        raise UserError(f"certify: world {world} ended with an error, told above")
+    found = json.loads((folder / f"found_{world}.json").read_text())
+    return [Cell(**c) for c in found["cells"]], [Peer(**p) for p in found["peers"]]

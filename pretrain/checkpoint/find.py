@@ -1,0 +1,83 @@
+"""Which checkpoint is meant: one step's folder, the newest of a run's, wherever the run keeps them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from pretrain.checkpoint.errors import CheckpointError
+from pretrain.checkpoint.layout import MANIFEST, step_dirs
+from pretrain.checkpoint.reader import Checkpoint
+from pretrain.checkpoint.store import Store, Where, open_store
+
+log = logging.getLogger(__name__)
+
+_RECIPE = "recipe.yaml"  # of a run folder; its checkpoint.to says where else the checkpoints are
+
+
+def open_checkpoint(where: Where) -> Checkpoint:
+    """The checkpoint in one step folder. Raises CheckpointError if it is not whole."""
+    checkpoint = Checkpoint(open_store(where))
+    checkpoint.check_files()
+    return checkpoint
+
+
+def find_checkpoint(where: Where) -> Checkpoint:
+    """The newest whole checkpoint of a run folder or a checkpoints folder, or the one in one step's folder.
+
+    `where` may be a URL. A run folder is followed to wherever its recipe sends its checkpoints. Raises CheckpointError
+    when there is none.
+    """
+    store = open_store(where)
+    try:
+        names = store.names()
+    except OSError as e:
+        raise CheckpointError(f"{store}: cannot be looked into ({e.strerror})") from e
+    if not names:
+        raise CheckpointError(
+            f"{store}: no such folder, or nothing in it; give a run folder, its checkpoints folder, or one step's folder"
+        )
+    if MANIFEST in names or store.name.startswith("step_"):
+        return open_checkpoint(store)
+    for place in _places(store, names):
+        found = find_latest(place)
+        if found is not None:
+            return found
+    raise CheckpointError(f"{store} holds no whole checkpoint; give a run folder, its checkpoints folder, or one step's")
+
+
+def _places(store: Store, names: set[str]) -> Iterator[Where]:
+    """Where a folder's checkpoints may be."""
+    if _RECIPE in names and (elsewhere := _sent_to(store)):
+        yield elsewhere
+    yield store / "checkpoints" if "checkpoints" in names else store
+
+
+def _sent_to(run: Store) -> str | None:
+    try:
+        recipe: Any = yaml.safe_load(run.read(_RECIPE))
+        return recipe["checkpoint"]["to"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return None  # no recipe of ours: the folder may hold checkpoints all the same
+
+
+def find_latest(root: Where, *, verify: bool = False, at_most: int | None = None) -> Checkpoint | None:
+    """The whole checkpoint of the highest step under `root` (not above `at_most`), None when there is none.
+
+    Torn and damaged ones are passed over with a warning: no manifest, an unreadable one, files missing or of
+    the wrong size; with `verify` also bytes that do not match their checksums (reads everything).
+    """
+    for step, folder in step_dirs(root).items():
+        if at_most is not None and step > at_most:
+            continue
+        try:
+            checkpoint = open_checkpoint(folder)
+            if verify:
+                checkpoint.verify()
+            return checkpoint
+        except CheckpointError as e:
+            log.warning("checkpoint passed over: %s", e)
+    return None

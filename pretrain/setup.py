@@ -1,0 +1,114 @@
+"""A start of a run: from a recipe and what its folder holds to a `Trainer` that stands at the right step."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pretrain import crash_loop
+from pretrain.check.fit import resolve_local_batch
+from pretrain.checkpoint import CheckpointWriter, new_attempt, newest_whole
+from pretrain.data import open_data
+from pretrain.distributed.process import Process
+from pretrain.errors import UserError
+from pretrain.evaluation import live_evaluation
+from pretrain.parts import assemble
+from pretrain.reader import Reader
+from pretrain.recipe import Recipe, check_split
+from pretrain.run import RunFolder
+from pretrain.telemetry import RunLog, provenance
+from pretrain.telemetry.heartbeat import Heartbeat
+from pretrain.trainer import Trainer
+from pretrain.views.text import build_tokenizer
+
+
+def set_up(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitStack) -> Trainer | None:
+    """The trainer of this start; None where the run has done its last step.
+
+    What must be closed or put back at the end is given to `cleanup`.
+
+    Raises:
+        UserError: recipe, data, world or folder do not fit one another.
+    """
+    recipe = from_first(resolve_local_batch(recipe, process.world, process.device), process)
+    try:
+        check_split(recipe.global_batch, process.world, recipe.accumulation)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    faults = recipe.faults
+    heart = Heartbeat(folder.path, process=process, every_s=faults.heartbeat_s, hang_s=faults.hang_s)
+    cleanup.callback(heart.close)
+    torch.use_deterministic_algorithms(recipe.deterministic)
+    changed = folder.check(recipe)
+    sources, order = open_data(recipe)
+    total = recipe.total_steps(order.samples)
+    checkpoint = newest_whole(recipe.checkpoint.to or folder.checkpoints, folder.checkpoints)
+    start = checkpoint.step if checkpoint else 0
+    if checkpoint is not None:
+        order.check_continues(checkpoint.meta["order"], start)
+    crash_loop.check(folder.path, from_first(folder.starts(), process), start, faults.max_crashes)
+    parts = assemble(recipe, order.samples, process, checkpoint)
+    joint = parts.joint
+    if start >= total:
+        return None
+    reader = Reader(
+        sources,
+        order,
+        joint.image_views(recipe.model.image_size),
+        joint.text_views(),
+        build_tokenizer(recipe.model.text),
+        region_views=joint.region_views(),
+        seed=recipe.seed,
+        rank=process.rank,
+        world=process.world,
+        threads=recipe.data.threads,
+        prefetch=recipe.data.prefetch,
+        max_damaged=recipe.data.max_damaged,
+        on_damage=folder.note_damage,
+    )
+    cleanup.callback(reader.close)
+    if process.world > 1:
+        micro = recipe.global_batch // (process.world * recipe.accumulation)
+        first = reader.batch(start).rows(0, micro).to(process.device)
+        parts.backend.warm_up(parts.two_stage.inputs(first))
+    if process.first:
+        begun = {"from_step": start, "changed": changed, "world": process.world, "backend": parts.backend.describe()}
+        folder.begin(recipe, {**provenance(), **begun})
+    writer = CheckpointWriter(
+        recipe.checkpoint.to or folder.checkpoints,
+        rank=process.rank,
+        world=process.world,
+        attempt=from_first(new_attempt(), process),
+        keep_last=recipe.checkpoint.keep_last,
+        keep_every=recipe.checkpoint.keep_every,
+    )
+    # a save under way becomes whole also when the run ends in an error; a second Ctrl-C does not wait for it
+    cleanup.push(lambda kind, *_: writer.close() if kind is None or issubclass(kind, Exception) else None)
+    run_log = RunLog(
+        folder.path,
+        total_steps=total,
+        resume_step=start or None,
+        rank=process.rank,
+        tensorboard=recipe.log.tensorboard,
+        recipe=recipe,
+    )
+    cleanup.callback(run_log.close)
+    trainer = Trainer(
+        recipe, process, folder, order, reader, parts, writer, run_log, heart, live_evaluation(recipe, parts.backend),
+        start, total,
+    )  # fmt: skip
+    cleanup.callback(trainer.profile.stop)
+    cleanup.enter_context(trainer.listening())
+    trainer.announce()
+    return trainer
+
+
+def from_first(value: Any, process: Process) -> Any:
+    """What rank 0 has, on all ranks."""
+    shared = [value]
+    if process.world > 1:
+        dist.broadcast_object_list(shared, src=0)
+    return shared[0]

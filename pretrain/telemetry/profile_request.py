@@ -1,0 +1,76 @@
+"""Asking a run for a profile from outside, and waiting for it; see `pretrain.telemetry.profiler`. No torch here."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from pretrain.errors import UserError
+from pretrain.telemetry.alive import alive
+
+REQUEST = "PROFILE"
+FOLDER = "profile"
+MOST_STEPS = 100
+"""A trace of more is too large to open."""
+
+
+def profile_run(folder: Path, steps: int, *, look_every_s: float = 0.5) -> Path:
+    """Ask the run in `folder` for a profile of its next `steps` steps and wait for all ranks; the folder it is in.
+
+    Raises:
+        UserError: no such run, it is not going on, it ended before the profile was whole, or another is being made.
+    """
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"{folder} is not a run: it has no recipe.yaml")
+    if not 1 <= steps <= MOST_STEPS:
+        raise UserError(f"--steps {steps}: between 1 and {MOST_STEPS}")
+    _must_live(folder)
+    if (folder / REQUEST).exists():
+        raise UserError(f"{folder}: a profile is being made already; wait for it, or remove {folder / REQUEST}")
+    before, world = set(_made(folder)), _world(folder)
+    write_request(folder, steps)
+    try:
+        while True:
+            for made in set(_made(folder)) - before:
+                if len(list(made.glob("rank_*.txt"))) >= world:
+                    return made
+            _must_live(folder)
+            time.sleep(look_every_s)
+    finally:
+        (folder / REQUEST).unlink(missing_ok=True)
+
+
+def write_request(folder: Path, steps: int) -> None:
+    """Ask the run in `folder` for a profile of so many steps."""
+    aside = folder / f".{REQUEST}"
+    aside.write_text(json.dumps({"steps": steps, "asked": time.time()}))
+    os.replace(aside, folder / REQUEST)
+
+
+def read_request(folder: Path) -> dict[str, Any] | None:
+    """What is asked for, {"steps", "asked"}; None where nothing is, or nothing that can be read."""
+    try:
+        request = json.loads((folder / REQUEST).read_text())
+        return {"steps": min(max(1, int(request["steps"])), MOST_STEPS), "asked": float(request["asked"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _must_live(folder: Path) -> None:
+    if not alive(folder):
+        raise UserError(f"{folder}: nobody trains there now, so there is nothing to profile; start the run first")
+
+
+def _made(folder: Path) -> list[Path]:
+    return list((folder / FOLDER).glob("step_*"))
+
+
+def _world(folder: Path) -> int:
+    """Ranks of the newest start."""
+    try:
+        return int(json.loads((folder / "run.json").read_text())[-1]["world"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return 1

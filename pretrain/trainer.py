@@ -1,0 +1,303 @@
+"""What the loop of `pretrain.train` works with: the run's parts, and what is logged, saved and said of it."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pretrain.checkpoint import CheckpointError, CheckpointWriter
+from pretrain.distributed.collectives import all_gather_rows
+from pretrain.distributed.flags import SharedFlags
+from pretrain.distributed.process import Process
+from pretrain.distributed.syncbn import SyncBatchNorm
+from pretrain.errors import UserError
+from pretrain.evaluation import LiveEvaluation
+from pretrain.exit_codes import NOT_FINITE
+from pretrain.models.request import FeatureRequest
+from pretrain.objectives.base import Features
+from pretrain.optim.schedule import rates_at
+from pretrain.order import Order
+from pretrain.parts import Parts
+from pretrain.reader import Batch, Reader
+from pretrain.recipe import Recipe
+from pretrain.run import RunFolder
+from pretrain.step import NonFiniteError, StepResult
+from pretrain.telemetry import RunLog, RunPage, StepClock, embedding_std, rankme
+from pretrain.telemetry.heartbeat import Heartbeat
+from pretrain.telemetry.phases import Phases
+from pretrain.telemetry.profiler import ProfileWindow
+from pretrain.telemetry.spikes import Spikes, note_spike
+from pretrain.telemetry.straggler import OwnClock, Stragglers
+
+log = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+"""Ask for a save and an end: Slurm's warnings, submitit's, a terminal's."""
+
+
+class Rewind(Exception):
+    """A step is not finite, and the recipe says to go back; raised by all ranks at that 0-based `step`."""
+
+    def __init__(self, step: int, error: NonFiniteError) -> None:
+        super().__init__(f"step {step + 1}: {error}")
+        self.step = step
+
+
+@dataclass
+class Trainer:
+    """One start of a run, on one rank."""
+
+    recipe: Recipe
+    process: Process
+    folder: RunFolder
+    order: Order
+    reader: Reader
+    parts: Parts
+    writer: CheckpointWriter
+    log: RunLog
+    heart: Heartbeat
+    evaluation: LiveEvaluation | None
+    start: int
+    total: int
+    raised: set[str] = field(default_factory=set)
+    warned: set[str] = field(default_factory=set)
+    logged_save: int | None = None
+    left_out: int = 0
+    """Steps that were not finite, in this start."""
+
+    def __post_init__(self) -> None:
+        faults, device = self.recipe.faults, self.process.device
+        self.flags = SharedFlags(("stop", "profile"), self.process.world)
+        self.profile = ProfileWindow(self.folder.path, self.process)
+        self.phases = Phases(device)
+        self.clock = StepClock(
+            self.start, self.recipe.global_batch,
+            phases=self.phases, device=device, precision=self.recipe.precision, world=self.process.world,
+        )  # fmt: skip
+        self.stragglers = Stragglers(self.process, faults.straggler)
+        self.own = OwnClock(device)
+        self.first_collective = "forward" if _meets_in_forward(self.recipe, self.parts.backend.trunk) else "loss"
+        self.waited_s = 0.0
+        self.page = RunPage(self.folder.path) if self.process.first else None
+        self.spikes = Spikes(faults.spike, faults.spike_window) if faults.spike and self.process.first else None
+        self.parts.two_stage.mark = self._at
+
+    # ---- a step
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's batches, from where the run stands to its end."""
+        self.at(self.start, "data")
+        for batch in self.reader.stream(self.start, self.total):
+            self.at(batch.step, "transfer")
+            self.own.begin()
+            yield batch
+            self.at(batch.step + 1, "data")
+
+    def at(self, step: int, phase: str) -> None:
+        """The run is at `phase` of 0-based `step`: for whoever looks at it, and for the log."""
+        self._step = step
+        self._at(phase)
+
+    def _at(self, phase: str) -> None:
+        self.phases.mark(phase)
+        self.heart.at(self._step, phase)
+        if phase == self.first_collective:
+            data_s = self.reader.data_wait_s()
+            self.waited_s += data_s
+            self.stragglers.add(data_s + self.own.end(), data_s)
+
+    def step(self, batch: Batch) -> StepResult:
+        """Train on one batch; where that is not finite, do as the recipe says.
+
+        Raises:
+            UserError, Rewind: not finite, on all ranks alike.
+        """
+        try:
+            result = self.parts.step(batch.to(self.process.device), rates_at(batch.step, self.total, self.recipe))
+        except NonFiniteError as error:
+            self.log.event("non-finite", step=batch.step + 1)
+            raise self._refused(batch.step, error) from None
+        if result.grad_norm is None:
+            self._note_left_out(batch.step)
+        elif self.spikes and (figures := self.spikes.seen(result.loss.item())):
+            whole = self.order.batch(batch.step)
+            note_spike(self.folder.path, batch.step + 1, figures, whole.source, whole.ids)
+            self.log.event("spike", step=batch.step + 1, **figures)
+        return result
+
+    def _refused(self, step: int, error: NonFiniteError) -> Exception:
+        """What is raised instead of a NaN: what a person can do about it, or the way back."""
+        if self.recipe.faults.nan == "rewind":
+            return Rewind(step, error)
+        return UserError(
+            f"step {step + 1}: {error}. No weight was touched. "
+            f"`polyview replay {self.folder.path} --step {step + 1}` shows the batch and the loss of each sample; "
+            f"lower optimizer.lr or set optimizer.clip_norm; the same command resumes from the newest checkpoint. "
+            f"faults.nan=skip leaves such steps out, faults.nan=rewind goes back and on without the data",
+            exit_code=NOT_FINITE,
+        )
+
+    def _note_left_out(self, step: int) -> None:
+        self.log.event("left-out", step=step + 1)
+        if self.recipe.faults.nan != "skip":
+            return  # fp16 finding its scale
+        self.left_out += 1
+        most = self.recipe.faults.max_nan
+        if self.process.first:
+            log.warning(f"step {step + 1} is not finite: left out ({self.left_out} of at most {most})")
+        if self.left_out > most:
+            raise UserError(
+                f"step {step + 1}: more than faults.max_nan={most} steps were not finite since this start; lower "
+                f"optimizer.lr or set optimizer.clip_norm. No weight was touched by them",
+                exit_code=NOT_FINITE,
+            )
+
+    # ---- log
+
+    def log_step(self, done: int, result: StepResult, evaluated: Mapping[str, float], *, signals: bool) -> None:
+        """A line of the log; called by all ranks."""
+        self.at(done - 1, "log")
+        rates = rates_at(done - 1, self.total, self.recipe)
+        line: dict[str, Any] = {"samples_seen": done * self.recipe.global_batch, "epoch": self.order.epoch_of(done)}
+        line |= {"loss": result.loss, **result.figures, "lr": rates.lr, "grad_norm": result.grad_norm}
+        if self.parts.step.loss_scale.enabled:
+            line["loss_scale"] = self.parts.step.loss_scale.value
+        if signals:
+            line |= _embedding_signals(result.features)
+        waited_s, self.waited_s = self.waited_s, 0.0
+        self.log.step(done, line | dict(evaluated) | self.clock.read(done, waited_s))
+        self.warn(done - 1, result.figures)
+        if self.page and done % self.recipe.log.page_every == 0:
+            self.page.write()
+        if (report := self.stragglers.read()) and report.line and self.process.first:
+            log.warning(f"step {done}: {report.line}")
+            self.log.event("straggler", step=done, message=report.line)
+
+    def warn(self, step: int, figures: Mapping[str, Tensor | float]) -> None:
+        """Say once what the objectives' figures warn of, and note it in the log."""
+        if not self.process.first:
+            return
+        for line in self.parts.joint.warnings({name: float(figure) for name, figure in figures.items()}, step):
+            if line not in self.warned:
+                self.warned.add(line)
+                log.warning(f"step {step + 1}: {line}")
+                self.log.event("warning", step=step + 1, message=line)
+
+    # ---- save and end
+
+    def save(self, step: int) -> None:
+        """Hand step's state to the writer; training waits for the copy only."""
+        self.at(step - 1, "save")
+        meta = {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "order": self.order.description(),
+            "samples_seen": step * self.recipe.global_batch,
+            "world": self.process.world,
+            "backend": self.parts.backend.describe(),
+        }
+        try:
+            self.writer.wait()
+        except CheckpointError as error:
+            log.warning(f"{error}; trying again at step {step}")
+            self.log.event("save-failed", step=step)
+        self.writer.save(step, self.parts.fragments(), meta)
+
+    def log_save(self) -> None:
+        """Note the newest checkpoint once it is whole."""
+        if self.writer.committed != self.logged_save:
+            self.logged_save = self.writer.committed
+            self.log.event("save", step=self.logged_save)
+            if self.page:
+                self.page.write()
+
+    def evaluate(self, done: int) -> dict[str, float]:
+        """Figures of the weights after `done` steps; none where a signal came in between."""
+        if self.evaluation is None:
+            return {}
+        self.at(done - 1, "evaluate")
+        beat = partial(self.heart.at, done - 1, "evaluate")
+        return self.evaluation.run(done, beat, lambda: "stop" in self.agreed()) or {}
+
+    def agreed(self) -> set[str]:
+        """The flags that any rank had raised when this was last called; asked by all ranks together, who all get the
+        same answer."""
+        if self.profile.wanted():
+            self.raised.add("profile")
+        agreed = self.flags.exchange(self.raised)
+        self.raised -= agreed - {"stop"}
+        return agreed
+
+    def finish(self, stopped: bool) -> None:
+        """Wait for the last save; say how to go on if the run was stopped."""
+        self.writer.wait()
+        if self.process.world > 1:
+            dist.barrier()  # no rank leaves before the checkpoint is whole
+        self.log_save()
+        self.log.event("stop" if stopped else "end")
+        if self.page:  # the first rank
+            self.folder.ended("stopped" if stopped else "done")
+            self.page.write(now=True)
+        if self.page and stopped:
+            log.warning("stopped by a signal and saved; the same command goes on from there")
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within: a signal asks for a save and an end, instead of ending the process."""
+
+        def ask(number: int, _frame: object) -> None:
+            if "stop" in self.raised and number == signal.SIGINT:
+                raise KeyboardInterrupt  # the second Ctrl-C does not wait for the save
+            self.raised.add("stop")
+
+        with ExitStack() as before:
+            for number in SIGNALS:
+                before.callback(signal.signal, number, signal.signal(number, ask))
+            yield
+
+    def announce(self) -> None:
+        """A line on what begins."""
+        if not self.process.first:
+            return
+        begun = f"resuming at step {self.start} of" if self.start else "training"
+        backend = self.parts.backend
+        trained = sum(p.numel() for p in backend.trunk.parameters())
+        log.info(
+            f"{self.recipe.name}: {begun} {self.total} steps, {self.order.samples:,} samples, "
+            f"batch {self.recipe.global_batch}, {trained / 1e6:.1f} M parameters, {backend.describe()}, "
+            f"into {self.folder.path}"
+        )
+
+
+def _meets_in_forward(recipe: Recipe, trunk: nn.Module) -> bool:
+    """Whether ranks wait for one another within a forward: what is measured behind that is not one rank's own."""
+    return recipe.backend in ("fsdp2", "zero3") or any(isinstance(m, SyncBatchNorm) for m in trunk.modules())
+
+
+def _embedding_signals(features: Features) -> dict[str, float]:
+    """RankMe and spread of the image features of the global batch; gathered from all ranks, on all ranks.
+
+    Of the embedding and of the pooled features, each in the first view that gives it.
+    """
+    found: dict[str, float] = {}
+    for request, name in _first_views(features).items():
+        rows = all_gather_rows(features[request])
+        found |= {f"rankme/{name}": rankme(rows), f"embedding_std/{name}": embedding_std(rows)}
+    return found
+
+
+def _first_views(features: Features) -> dict[FeatureRequest, str]:
+    """The image features that signals are read from, and what they are called."""
+    found: dict[str, FeatureRequest] = {}
+    for request in features:
+        whole = request.from_layer is None and request.output in ("embedding", "pooled")
+        if request.tower == "image" and whole and not request.teacher:
+            found.setdefault(request.output, request)
+    return {r: r.view if output == "embedding" else f"{r.view}.{output}" for output, r in found.items()}

@@ -1,0 +1,127 @@
+"""Steps that are not finite: refused, left out, or gone back from, alike on all ranks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.checkpoint import find_latest
+from pretrain.data import open_data
+from pretrain.distributed.process import Process
+from pretrain.exit_codes import NOT_FINITE
+from pretrain.optim.schedule import rates_at
+from pretrain.parts import assemble
+from pretrain.reader import Reader
+from pretrain.recipe import Recipe, load_recipe, parse_recipe
+from pretrain.telemetry import read_events
+from pretrain.telemetry.spikes import Spikes
+from pretrain.views.text import build_tokenizer
+from tests.runs import losses, train, train_here, weights
+from tests.tiny import RESNET, recipe_data, write_recipe, write_shards
+
+SWAV = {"crops": [[2, None, [0.3, 1.0]]], "prototypes": 6, "dim": 4, "hidden": 8, "queue": 24, "freeze_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+def poisoned(shards: Path, output: Path, sample: int, **changes) -> dict:
+    """BatchNorm, a queue and dropout: everything that a step leaves behind."""
+    objectives = {"tests.poison": {"sample": sample}, "swav": SWAV}
+    return recipe_data(shards, output, **{"model": RESNET, "objectives": objectives} | changes)
+
+
+def sample_of(shards: Path, step: int) -> int:
+    """A sample that is seen at 0-based `step`, at the end of the global batch: on the last rank."""
+    _, order = open_data(parse_recipe(recipe_data(shards, Path("nowhere")), "here"))
+    return int(order.batch(step).ids[-1])
+
+
+def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_step_left_out_leaves_nothing_behind(tmp_path, shards, world):
+    bad = 3
+    changes = {"faults": {"nan": "skip"}, "world": world, "checkpoint": {"every": 2, "keep_last": 10}}
+    data = poisoned(shards, tmp_path / "run", sample_of(shards, bad), **changes)
+    recipe = write_recipe(tmp_path / "r.yaml", data)
+    train(str(recipe))
+    events = [e for e in read_events(tmp_path / "run") if e["event"] == "left-out"]
+    assert [e["step"] for e in events] == [bad + 1]
+    straight = weights(tmp_path / "run")
+    if world == 1:  # the same without that step, by hand
+        assert not differing(by_hand(load_recipe(recipe), without=bad), straight)
+    for step in (4, 6, 8):  # and again from the step before it
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step:08d}")
+    train(str(recipe))
+    assert not differing(straight, weights(tmp_path / "run"))
+
+
+def by_hand(recipe: Recipe, without: int) -> dict[str, torch.Tensor]:
+    """Weights and state of a run that never sees step `without`."""
+    sources, order = open_data(recipe)
+    process = Process(0, 1, 0, torch.device("cpu"))
+    parts = assemble(recipe, order.samples, process)
+    total = recipe.total_steps(order.samples)
+    with Reader(
+        sources, order, parts.joint.image_views(recipe.model.image_size), parts.joint.text_views(),
+        build_tokenizer(recipe.model.text), seed=recipe.seed,
+    ) as reader:  # fmt: skip
+        for batch in reader.stream(0, total):
+            if batch.step != without:
+                assert parts.step(batch.to("cpu"), rates_at(batch.step, total, recipe)).grad_norm is not None
+    return {f.name: f.data.reshape(f.shape) for f in parts.fragments()}
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_rewound_run_is_one_that_never_had_the_data(tmp_path, shards, world):
+    bad = 3  # the newest checkpoint is of step 2
+    changes = {"faults": {"nan": "rewind"}, "world": world}
+    data = poisoned(shards, tmp_path / "run", sample_of(shards, bad), **changes)
+    recipe = write_recipe(tmp_path / "r.yaml", data)
+    train(str(recipe))
+    skips = json.loads((tmp_path / "run" / "skips.json").read_text())
+    assert [(s["from_step"], s["skip"]) for s in skips] == [(2, 2)]
+    segments = {"sources": [str(shards)], "segments": [{"from_step": 2, "skip": 2}]}
+    never = data | {"output": str(tmp_path / "never"), "data": segments}
+    train(str(write_recipe(tmp_path / "never.yaml", never)))
+    assert not differing(weights(tmp_path / "run"), weights(tmp_path / "never"))
+    assert losses(tmp_path / "run") == losses(tmp_path / "never")
+    if world == 1:  # the user's recipe says nothing of it, and the same command goes on
+        assert train_here(recipe, "steps=10") == 0
+        assert find_latest(tmp_path / "run" / "checkpoints").step == 10
+
+
+def test_too_many_are_refused(tmp_path, shards, capsys):
+    everywhere = {"optimizer": {"lr": 1e18}, "model": RESNET}
+    for nan, told in (("skip", "more than faults.max_nan=2"), ("rewind", "Rewound more than faults.max_nan=2")):
+        data = recipe_data(shards, tmp_path / nan, faults={"nan": nan, "max_nan": 2}, **everywhere)
+        assert train_here(write_recipe(tmp_path / f"{nan}.yaml", data)) == NOT_FINITE
+        assert told in capsys.readouterr().err
+
+
+def test_a_spike_is_told_from_the_median_and_its_samples_are_kept(tmp_path, shards):
+    watch = Spikes(factor=5, window=10)
+    calm = [watch.seen(1 + 0.01 * (i % 3)) for i in range(20)]
+    assert not any(calm)
+    assert watch.seen(float("nan")) is None
+    assert watch.seen(1.04) is None
+    assert watch.seen(2.0)["median"] == pytest.approx(1.01)
+    data = recipe_data(shards, tmp_path / "run", steps=30, faults={"spike": 1e-6, "spike_window": 10})
+    assert train_here(write_recipe(tmp_path / "r.yaml", data)) == 0
+    spikes = [json.loads(line) for line in (tmp_path / "run" / "spikes.jsonl").read_text().splitlines()]
+    logged = losses(tmp_path / "run")
+    _, order = open_data(load_recipe(tmp_path / "r.yaml"))
+    assert spikes
+    for spike in spikes:
+        assert spike["loss"] == pytest.approx(logged[spike["step"]])
+        assert [i for _, i in spike["samples"]] == order.batch(spike["step"] - 1).ids.tolist()
