@@ -8,9 +8,10 @@ begins with the disk's caches flushed and nothing else being written. Seconds ar
 (what the step waits for) and CPU (for machines that are shared). The peer is torch.save at its best case, no
 fsync; with fsync it promises what ours does.
 
-"steady" is any save but the first; "first" is the first of a run after `CheckpointWriter.reserve`; "first,
-cold" is without it, and pays for touching new memory. "written" is until the commit, fsync and checksums
-included: the thread's time, which training does not wait for.
+"steady" is any save but the first; "steady, URL" is one to an object store (`--to`; by default fsspec's in this
+process's memory), which is sent once the step goes on; "first" is a run's first, after
+`CheckpointWriter.reserve`; "first, cold" is without it, and pays for touching new memory. "written" is until the
+commit, fsync and checksums included: the thread's time, which training does not wait for.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Timed:
                 "CPU s": cpu,
                 "of torch.save (wall)": wall / medians[peer][0],
                 "of torch.save (CPU)": cpu / medians[peer][1],
-                "bar": BAR if name in ("steady", "first") else "",
+                "bar": BAR if name in ("steady", "steady, URL", "first") else "",
             }
             for name, (wall, cpu) in medians.items()
         ]
@@ -93,18 +94,23 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
         root = Path(scratch)
         writer = CheckpointWriter(root / "steady", attempt=new_attempt(), keep_last=1)
+        stored = CheckpointWriter(args.to, attempt=new_attempt(), keep_last=1)
 
         def whole_save(step: int) -> None:
             writer.save(step, fragments, {})
             writer.wait()
 
         whole_save(0)
+        stored.save(0, fragments, {})
+        stored.wait()
         torch.save(state, root / "peer.pt")  # a warm-up for both
         for step in range(1, 2 * args.rounds, 2):
             timed("torch.save", lambda: torch.save(state, root / "peer.pt"))
             timed("torch.save + fsync", lambda: durable_peer(state, root / "peer.pt"))
             timed("steady", lambda: writer.save(step, fragments, {}))  # noqa: B023
             writer.wait()
+            timed("steady, URL", lambda: stored.save(step, fragments, {}))  # noqa: B023
+            stored.wait()
             timed("written", lambda: whole_save(step + 1))  # noqa: B023
             first_save(timed, "first", root / "first", fragments, reserve=True)
             first_save(timed, "first, cold", root / "cold", fragments, reserve=False)
@@ -119,5 +125,6 @@ if __name__ == "__main__":
     p = parser(__doc__)
     p.add_argument("--mb", type=int, default=400, help="size of the state in MB")
     p.add_argument("--threads", type=int, default=1, help="torch's intra-op threads")
+    p.add_argument("--to", default="memory://checkpoints", help="URL of the object store")
     p.add_argument("--dir", type=Path, help="where to write (default: the system's temporary folder)")
     main(p.parse_args())

@@ -95,10 +95,17 @@ _FSDP_LEFT_OUT: dict[str, tuple[tuple[str, ...], str]] = {
 """Variable -> (values that ask for what is done anyway, what to write instead of others)."""
 _FSDP_KNOWN = {
     "FSDP_VERSION", "FSDP_SHARDING_STRATEGY", "FSDP_RESHARD_AFTER_FORWARD", "FSDP_OFFLOAD_PARAMS",
-    "FSDP_ACTIVATION_CHECKPOINTING", "FSDP_MIN_NUM_PARAMS",  # the last is of a policy that is refused
+    "FSDP_ACTIVATION_CHECKPOINTING",
+    "FSDP_MIN_NUM_PARAMS",  # of a policy that is refused
     "FSDP_CPU_RAM_EFFICIENT_LOADING", "FSDP_SYNC_MODULE_STATES",  # all ranks start alike without either
     *_FSDP_LEFT_OUT,
 }  # fmt: skip
+
+_STRATEGIES = {
+    "SHARD_GRAD_OP": "fsdp_reshard_after_forward: false",
+    "HYBRID_SHARD": "nothing there, and sharding.within (the ranks of a node) in the recipe",
+    "NO_SHARD": "distributed_type: MULTI_GPU",
+}
 
 
 def _fsdp(environ: Environ) -> Iterator[Wish]:
@@ -109,7 +116,8 @@ def _fsdp(environ: Environ) -> Iterator[Wish]:
         allowed, instead = _FSDP_LEFT_OUT.get(name, ((), "nothing"))
         if name not in _FSDP_KNOWN or (allowed and value.lower() not in (*map(str.lower, allowed), "none")):
             raise _refused(f"{name.lower()}: {value}", instead)
-    _check_strategy(set_.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD"))
+    if (strategy := set_.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD")) not in ("FULL_SHARD", "1"):
+        raise _refused(f"fsdp_sharding_strategy: {strategy}", _STRATEGIES.get(strategy, "FULL_SHARD"))
     yield Wish("distributed_type: FSDP", "backend", "fsdp2")
     for name, key in (
         ("RESHARD_AFTER_FORWARD", "sharding.reshard_after_forward"),
@@ -124,20 +132,6 @@ def _fsdp(environ: Environ) -> Iterator[Wish]:
         yield Wish("fsdp_activation_checkpointing: true", "compute.checkpoint_blocks", True)
     if _asked(environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):
         yield from _parallelism(environ)
-
-
-def _check_strategy(strategy: str) -> None:
-    instead = {
-        "FULL_SHARD": None,
-        "SHARD_GRAD_OP": "fsdp_reshard_after_forward: false",
-        "HYBRID_SHARD": "nothing there, and sharding.within (the ranks of a node) in the recipe",
-        "NO_SHARD": "distributed_type: MULTI_GPU",
-    }.get(
-        {"1": "FULL_SHARD", "2": "SHARD_GRAD_OP", "3": "NO_SHARD", "4": "HYBRID_SHARD"}.get(strategy, strategy),
-        "nothing",
-    )
-    if instead:
-        raise _refused(f"fsdp_sharding_strategy: {strategy}", instead)
 
 
 def _parallelism(environ: Environ) -> Iterator[Wish]:

@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for training")
     parser.add_argument("--full", action="store_true", help="leave the towers at their own size")
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="default: 1 2 3")
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS, metavar="NAME", help="default: all")
+    parser.add_argument(
+        "--backends", nargs="+", choices=BACKENDS, default=BACKENDS, metavar="NAME", help="default: all"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON to write (default OUTPUT/certificate.json)")
 
 

@@ -41,6 +41,8 @@ class Parts:
     replicated: Replicated
     two_stage: TwoStage
     step: Step
+    parameters: int
+    """Of the trunk; a backend may leave a rank only some of them."""
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Take weights, optimizer, teacher and objective state from a checkpoint of any backend and world."""
@@ -73,6 +75,7 @@ def assemble(recipe: Recipe, samples: int, process: Process, checkpoint: Checkpo
     unreached = freeze_unreached(trunk, probe_inputs(joint, recipe, context))
     if unreached and process.first:
         log.warning(f"{len(unreached)} tensors of the trunk are not trained: no objective reaches them")
+    parameters = sum(p.numel() for p in trunk.parameters())
     compute.apply(trunk, recipe, process.device)
     backend = build_backend(trunk, recipe, process, teacher=teacher)
     replicated = Replicated(joint, recipe.optimizer, process)
@@ -83,7 +86,7 @@ def assemble(recipe: Recipe, samples: int, process: Process, checkpoint: Checkpo
         two_stage, replicated, LossScale(process, enabled=recipe.precision == "fp16"),
         clip_norm=recipe.optimizer.clip_norm, skip=recipe.faults.nan == "skip",
     )  # fmt: skip
-    parts = Parts(joint, backend, replicated, two_stage, step)
+    parts = Parts(joint, backend, replicated, two_stage, step, parameters)
     if checkpoint is not None:
         parts.load(checkpoint)
     return parts

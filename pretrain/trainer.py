@@ -267,12 +267,10 @@ class Trainer:
         if not self.process.first:
             return
         begun = f"resuming at step {self.start} of" if self.start else "training"
-        backend = self.parts.backend
-        trained = sum(p.numel() for p in backend.trunk.parameters())
         log.info(
             f"{self.recipe.name}: {begun} {self.total} steps, {self.order.samples:,} samples, "
-            f"batch {self.recipe.global_batch}, {trained / 1e6:.1f} M parameters, {backend.describe()}, "
-            f"into {self.folder.path}"
+            f"batch {self.recipe.global_batch}, {self.parts.parameters / 1e6:.1f} M parameters, "
+            f"{self.parts.backend.describe()}, into {self.folder.path}"
         )
 
 

@@ -30,7 +30,7 @@ def expect(true: bool, otherwise: str) -> None:
 def kill(plan: Plan, run: Run) -> bool:
     """SIGKILL of a rank, or of the launcher."""
     start = run.start()
-    hit = _reached(plan, start) and _send(plan, start, signal.SIGKILL)
+    hit = _reached(plan, start) and start.send(signal.SIGKILL, plan.rank)
     _ended(start, hit, 128 + signal.SIGKILL if plan.rank is not None else -signal.SIGKILL)
     return hit
 
@@ -38,7 +38,7 @@ def kill(plan: Plan, run: Run) -> bool:
 def preempt(plan: Plan, run: Run) -> bool:
     """A signal that asks for a save and an end, as a scheduler sends it."""
     start, number = run.start(), plan.draw.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
-    hit = _reached(plan, start) and _send(plan, start, number)
+    hit = _reached(plan, start) and start.send(number, plan.rank)
     code = start.wait()
     saved = run.saved()
     if saved is not None and saved.step == STEPS:
@@ -118,14 +118,13 @@ def reader(plan: Plan, run: Run) -> bool:
 
 def hang(plan: Plan, run: Run) -> bool:
     """A rank stops where it stands (SIGSTOP); the others find out, say whom they wait for, and end."""
-    start = run.start()
-    hit = _reached(plan, start) and _send(plan, start, signal.SIGSTOP)
+    start, stopped = run.start(), plan.rank or 0
+    hit = _reached(plan, start) and start.send(signal.SIGSTOP, stopped)
     code = start.wait()
     saved = run.saved()
     if not hit or (saved is not None and saved.step == STEPS):
         return False
     expect(code == HUNG, f"a rank that hangs ended it with {code}, not {HUNG}")
-    stopped = plan.rank or 0
     expect(f"rank {stopped} on" in run.told, f"rank {stopped}, which hung, is not named")
     stacks = list((run.folder / "heartbeat").glob("*.stacks"))
     expect(any("File " in file.read_text() for file in stacks), "no stacks were written")
@@ -160,16 +159,6 @@ def _reached(plan: Plan, start: Start) -> bool:
     return not start.ended
 
 
-def _send(plan: Plan, start: Start, number: signal.Signals) -> bool:
-    """Send a signal to whom the plan names (SIGSTOP: never to the launcher); False when that process is gone."""
-    rank = 0 if plan.rank is None and number == signal.SIGSTOP else plan.rank
-    ranks = start.ranks()
-    if start.ended or len(ranks) < plan.world:
-        return False
-    os.kill(start.pid if rank is None else ranks[rank], number)
-    return True
-
-
 def _ended(start: Start, hit: bool, expected: int) -> None:
     code = start.wait()
     expect(code == expected or (not hit and code == DONE), f"ended with {code}, not {expected}")
@@ -179,7 +168,7 @@ def _killed_after_saves(run: Run, count: int) -> bool:
     """Train until so many checkpoints are whole, and end outright; False when the run was at its end before."""
     start = run.start()
     if start.until_saved(count):
-        os.kill(start.pid, signal.SIGKILL)
+        start.send(signal.SIGKILL)
     return start.wait() != DONE
 
 

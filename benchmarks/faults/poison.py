@@ -27,7 +27,7 @@ class PoisonedOptions(ClipOptions):
 class Poisoned(Clip):
     """NaN on the rank that holds the sample; the others learn of it from the gradient."""
 
-    Options = PoisonedOptions
+    Options = PoisonedOptions  # type: ignore[assignment]
     options: PoisonedOptions
 
     def loss(self, features: Features, batch: Batch, group: Group) -> Loss:

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -64,6 +65,7 @@ class Start:
         self._process = warm.start([str(run.file)], self._log, file_limit)
         assert self._process.pid is not None
         self.pid: int = self._process.pid
+        self._ranks: list[int] = []
 
     @property
     def ended(self) -> bool:
@@ -71,23 +73,25 @@ class Start:
 
     def wait(self) -> int:
         """Its exit code (negative: killed by that signal), when the last of its ranks is gone too."""
-        ranks = self.ranks()
         self._process.join(PATIENCE_S)
         if self._process.exitcode is None:
             os.killpg(self.pid, signal.SIGKILL)
             raise TimeoutError(f"not at its end after {PATIENCE_S:.0f} s: {self._log}")
-        while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        while any(Path(f"/proc/{pid}").exists() for pid in self._ranks):
             time.sleep(0.02)
         self.run.codes.append(self._process.exitcode)
         self.run.told = self._log.read_text()
         return self._process.exitcode
 
-    def ranks(self) -> list[int]:
-        """Process ids of the ranks that live, in the order of their start."""
-        try:
-            return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
-        except OSError:
-            return []
+    def send(self, number: signal.Signals, rank: int | None = None) -> bool:
+        """Send a signal to a rank, or to the launcher; False when it or any rank has ended."""
+        with suppress(OSError, IndexError):
+            children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+            self._ranks = [int(pid) for pid in children.split()]  # in the order of their start
+            if not self.ended and len(self._ranks) == self.run.recipe.world:
+                os.kill(self.pid if rank is None else self._ranks[rank], number)
+                return True
+        return False
 
     def until_step(self, step: int) -> bool:
         """Wait until this start has logged `step`; False when it ended before."""
@@ -114,8 +118,10 @@ class Start:
         return max((line["step"] for line in read_lines(self._lines) if "event" not in line), default=0)
 
     def _saving(self) -> bool:
-        steps = list(self.run.folder.glob("checkpoints/step_*"))
-        return any(not (step / "manifest.json").exists() and any(step.iterdir()) for step in steps)
+        steps = self.run.folder.glob("checkpoints/step_*")
+        with suppress(FileNotFoundError):  # an old one goes in between
+            return any(not (step / "manifest.json").exists() and any(step.iterdir()) for step in steps)
+        return False
 
 
 def differences(expected: Checkpoint, found: Checkpoint) -> list[str]:

@@ -161,8 +161,8 @@ class Zero(Backend):
             sharded = dict(trunk.named_parameters()) if self._stage == 3 else {}
             tensors |= {f"{of}.{n}": t for n, t in trunk.state_dict().items() if n not in sharded}
             own += [
-                Fragment(f"{of}.{n}", tuple(p.ds_shape), data.dtype, offset, data)
-                for n, p, offset, data in cuts(sharded.items(), rank)
+                Fragment(f"{of}.{n}", shape, data.dtype, offset, data)
+                for n, shape, offset, data in cuts(sharded.items(), rank)
             ]
         return slice_for_rank(tensors, rank, self.process.world) + own
 

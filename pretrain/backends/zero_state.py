@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain.checkpoint import Checkpoint, Fragment
 
@@ -34,7 +34,7 @@ class Piece:
         return flat[self.start : self.start + self.length]
 
 
-def pieces(zero: Any, parameters: Iterable[tuple[str, nn.Parameter]], rank: int) -> list[Piece]:
+def pieces(zero: Any, parameters: Iterable[tuple[str, Any]], rank: int) -> list[Piece]:
     """This rank's pieces of the trained parameters in the fp32 partitions of a DeepSpeed ZeRO optimizer."""
     held = []
     for name, p in parameters:
@@ -50,13 +50,13 @@ def pieces(zero: Any, parameters: Iterable[tuple[str, nn.Parameter]], rank: int)
     return [piece for piece in held if piece.length]
 
 
-def reduced(zero: Any, parameters: Iterable[nn.Parameter], rank: int) -> list[Tensor]:
+def reduced(zero: Any, parameters: Iterable[Any], rank: int) -> list[Tensor]:
     """This rank's pieces of the mean gradient, between the last backward and the step; to be changed in place."""
     if hasattr(zero, "fp16_groups"):  # stage 3
         held = zero.get_fp32_grad_partitions()
         at = [(g, i, p) for g, group in enumerate(zero.fp16_groups) for i, p in enumerate(group)]
         return [held[g][i].view(-1)[: range_of(p, rank)[1]] for g, i, p in at]
-    trained: list[Any] = [p for p in parameters if p.requires_grad and p._hp_mapping is not None]  # type: ignore[attr-defined]
+    trained = [p for p in parameters if p.requires_grad and p._hp_mapping is not None]
     return [p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group) for p in trained]
 
 
@@ -67,12 +67,12 @@ def range_of(p: Any, rank: int) -> tuple[int, int]:
     return offset, min(size, p.ds_numel - offset)
 
 
-def cuts(parameters: Iterable[tuple[str, nn.Parameter]], rank: int) -> Iterator[tuple[str, Any, int, Tensor]]:
-    """(name, parameter, offset, this rank's elements) of ZeRO-3 parameters, trained or not."""
+def cuts(parameters: Iterable[tuple[str, Any]], rank: int) -> Iterator[tuple[str, tuple[int, ...], int, Tensor]]:
+    """(name, whole shape, offset, this rank's elements) of ZeRO-3 parameters, trained or not."""
     for name, p in parameters:
         offset, length = range_of(p, rank)
         if length:
-            yield name, p, offset, p.ds_tensor.data.view(-1)[:length]  # type: ignore[attr-defined]
+            yield name, tuple(p.ds_shape), offset, p.ds_tensor.data.view(-1)[:length]
 
 
 def optimizer_fragments(held: Iterable[Piece], optimizer: torch.optim.Optimizer) -> Iterator[Fragment]:

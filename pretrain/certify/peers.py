@@ -70,7 +70,7 @@ def _peer(name: str, process: Process, objective: str, loss: Loss) -> Peer:
     figure = max(float((g - e).abs().max() / e.abs().max()) for g, e in pairs)
     figure = float(all_reduce_max(torch.tensor([figure], dtype=torch.float64)))
     (g, e), *_ = pairs
-    return Peer(name, process.world, figure, f"features get {float((g * e).sum() / e.square().sum()):.3f} of theirs")
+    return Peer(name, process.world, figure, f"{float((g * e).sum() / e.square().sum()):.3f} of the right gradient")
 
 
 def _given(objective: str) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,4 +1,4 @@
-"""One rank of a world that certifies: `python -m pretrain.certify.rank FOLDER`, started by `run.py`, on gloo and CPU."""
+"""One rank of a world that certifies: `python -m pretrain.certify.rank FOLDER`, started by `run.py`; gloo, CPU."""
 
 from __future__ import annotations
 

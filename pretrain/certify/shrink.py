@@ -47,7 +47,9 @@ def steady(recipe: Recipe) -> tuple[Recipe, list[str]]:
             "world": None, "precision": "fp32", "compute": compute, "init": None,
         }
     )  # fmt: skip
-    return changed, [f"global batch {ROWS}, fp32, no dropout of any kind, nothing frozen at first, weights of seed {recipe.seed}"]
+    return changed, [
+        f"global batch {ROWS}, fp32, no dropout of any kind, nothing frozen at first, weights of seed {recipe.seed}"
+    ]
 
 
 def shrink(recipe: Recipe) -> tuple[Recipe, list[str]]:
@@ -69,6 +71,8 @@ def _towers(model: ModelRecipe) -> tuple[ModelRecipe, list[str]]:
     size = min(model.image_size, IMAGE if _is_vit(model.image) else 2 * IMAGE)  # a ResNet halves it five times
     changes: dict[str, Any] = {"image_size": size, "eval_resize": None, "image_kwargs": _image_kwargs(model)}
     notes = [f"image: {model.image} {changes['image_kwargs']}, {size} pixels"]
+    if changes["image_kwargs"].get("act_layer") != model.image_kwargs.get("act_layer"):
+        notes.append("gelu in place of relu: at its kink fp32's rounding alone turns a gradient on or off")
     changes["embed_dim"] = model.embed_dim and 16
     if model.text:
         text = {"width": 32, "layers": 2, "heads": 2, "context": min(model.text.context, 12), "vocab": 128}
@@ -78,7 +82,9 @@ def _towers(model: ModelRecipe) -> tuple[ModelRecipe, list[str]]:
         stored = model.regions.stored_dim and 16
         changes["regions"] = model.regions.model_copy(update={"blocks": 1, "most": 3, "stored_dim": stored})
     unlocked = {k: min(getattr(model.lock, k), 1) for k in ("image_unlocked", "text_unlocked")}
-    return model.model_copy(update=changes | {"leff": min(model.leff, 1), "lock": model.lock.model_copy(update=unlocked)}), notes
+    return model.model_copy(
+        update=changes | {"leff": min(model.leff, 1), "lock": model.lock.model_copy(update=unlocked)}
+    ), notes
 
 
 def _is_vit(name: str) -> bool:
@@ -89,7 +95,7 @@ def _image_kwargs(model: ModelRecipe) -> dict[str, Any]:
     """What makes timm's tower of this name small; other families are left at their size."""
     name, given = model.image, model.image_kwargs
     if "resnet" in name or name.startswith("resnext"):
-        given = given | {"act_layer": "gelu"}
+        given = given | {"act_layer": "gelu"}  # at ReLU's kink fp32's rounding alone turns a gradient on or off
     if name.startswith("test_"):
         return given
     if _is_vit(name):

@@ -36,9 +36,11 @@ class Certificate:
         for key in dict.fromkeys((c.backend, c.accumulation) for c in self.cells):
             found = {c.world: c for c in self.cells if (c.backend, c.accumulation) == key}
             rows.append([key[0], str(key[1]), *(_shown(found[w]) if w in found else "" for w in worlds)])
-        head = [f"{'PASS' if self.passed else 'FAIL'}: gradients of {self.recipe}, worst of all parameters, bar {BAR:g}"]
+        head = [
+            f"{'PASS' if self.passed else 'FAIL'}: gradients of {self.recipe}, worst of all parameters, bar {BAR:g}"
+        ]
         head += [f"  {line}" for line in (self.about["reference"], *self.about["made small"])]
-        return "\n".join([*head, "", *_aligned(rows), "", *self._notes(), *self._beside(worlds)]) + "\n"
+        return "\n".join([*head, "", *_aligned(rows), *self._notes(), *self._beside(worlds)]) + "\n"
 
     def write(self, path: Path) -> None:
         """`path` as JSON, and the table beside it as `.txt`."""
@@ -50,13 +52,17 @@ class Certificate:
 
     def _notes(self) -> list[str]:
         failed = [c for c in self.cells if c.verdict == "FAIL"]
-        lines = [f"FAIL {c.backend}, world {c.world}, accumulation {c.accumulation}: {c.parameter or c.note}" for c in failed]
+        lines = [
+            f"FAIL {c.backend}, world {c.world}, accumulation {c.accumulation}: {c.parameter or c.note}" for c in failed
+        ]
         lines += [f"{c.backend} is refused, as in training: {c.note}" for c in self.cells if c.verdict == "refused"]
         if any(c.verdict == "PASS" and c.figure64 is not None for c in self.cells):
-            lines.append("a second figure is the same backend's in float64: the first is fp32's rounding in these towers")
+            lines.append(
+                "a second figure is the same backend's in float64: the first is fp32's rounding in these towers"
+            )
         if any(c.verdict == "approx" for c in self.cells):
             lines.append("approx: BatchNorm of a tower sees a part of the batch at a time, by the recipe's choice")
-        return list(dict.fromkeys(lines))
+        return ["", *dict.fromkeys(lines)] if lines else []
 
     def _beside(self, worlds: Sequence[int]) -> list[str]:
         if not self.peers:

@@ -34,9 +34,7 @@ def textbook(joint: Joint, features: Features, batch: Batch) -> Tensor | None:
     """
     if any(type(o) not in _FORMULAS for o in joint.by_name.values()):
         return None
-    losses = [
-        o.options.weight_at(batch.step) * _FORMULAS[type(o)](o, features, batch) for o in joint.by_name.values()
-    ]
+    losses = [o.options.weight_at(batch.step) * _FORMULAS[type(o)](o, features, batch) for o in joint.by_name.values()]
     return torch.stack(losses).sum()
 
 

@@ -31,7 +31,7 @@ class _Seen(NamedTuple):
 
 
 def newest_whole(root: Where, *others: Where, group: Group = None) -> Checkpoint | None:
-    """The whole checkpoint of the highest step under `root` or `others`, the same on all ranks; None: nothing saved yet.
+    """The newest whole checkpoint under `root` or `others`, the same on all ranks; None: nothing was saved yet.
 
     Called by all ranks together. Every byte is compared with its checksum, by one rank or another. Those that are torn
     or damaged are passed over with a warning that names file and reason. `others` are places that the run has saved to
@@ -68,10 +68,10 @@ def newest_whole(root: Where, *others: Where, group: Group = None) -> Checkpoint
 def _list(*roots: Where) -> list[str] | str:
     """Step folders of all `roots`, newest first; or what is wrong."""
     try:
-        found = [(step, str(folder)) for root in dict.fromkeys(map(str, roots)) for step, folder in step_dirs(root).items()]
+        found = [which for root in dict.fromkeys(map(str, roots)) for which in step_dirs(root).items()]
     except CheckpointError as error:
         return str(error)
-    return [folder for _, folder in sorted(found, key=lambda f: f[0], reverse=True)]
+    return [str(folder) for _, folder in sorted(found, key=lambda f: f[0], reverse=True)]
 
 
 def _look(folder: str, rank: int, world: int) -> tuple[Checkpoint | None, _Seen]:

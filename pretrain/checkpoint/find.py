@@ -38,7 +38,7 @@ def find_checkpoint(where: Where) -> Checkpoint:
         raise CheckpointError(f"{store}: cannot be looked into ({e.strerror})") from e
     if not names:
         raise CheckpointError(
-            f"{store}: no such folder, or nothing in it; give a run folder, its checkpoints folder, or one step's folder"
+            f"{store}: no such folder, or nothing in it; give a run folder, its checkpoints folder, or one step's"
         )
     if MANIFEST in names or store.name.startswith("step_"):
         return open_checkpoint(store)
@@ -46,7 +46,9 @@ def find_checkpoint(where: Where) -> Checkpoint:
         found = find_latest(place)
         if found is not None:
             return found
-    raise CheckpointError(f"{store} holds no whole checkpoint; give a run folder, its checkpoints folder, or one step's")
+    raise CheckpointError(
+        f"{store} holds no whole checkpoint; give a run folder, its checkpoints folder, or one step's"
+    )
 
 
 def _places(store: Store, names: set[str]) -> Iterator[Where]:

@@ -105,9 +105,8 @@ class ObjectStore(Store):
     def remove(self, names: Iterable[str]) -> None:
         wanted = set(names)
         with suppress(OSError), _as_os_errors():
-            there = [self._key(name) for name in self.names() & wanted]
-            if there:
-                self._fs.rm(there)
+            for name in self.names() & wanted:
+                self._fs.rm_file(self._key(name))  # not `rm`, which takes a name for a pattern
 
     def remove_all(self) -> None:
         self.remove(self.names())

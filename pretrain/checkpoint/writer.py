@@ -44,10 +44,10 @@ class CheckpointWriter:
     """Writes `root`/step_<step>/ together with the writers of the other ranks.
 
     root: the run's `checkpoints` folder, seen by all ranks, or a URL; whether this rank may write there is tried at
-    once, not after hours of training: CheckpointDiskError where it may not. attempt: a token unique to this start of the run,
-    the same on all ranks. keep_last: whole checkpoints kept (None: all); keep_every: steps divisible by it
-    are kept besides. timeout_s: how long rank 0's thread waits for the other ranks' parts. file_limit: bytes
-    of data a file, a multiple of 8.
+    once, not after hours of training: CheckpointDiskError where it may not. attempt: a token unique to this start of
+    the run, the same on all ranks. keep_last: whole checkpoints kept (None: all); keep_every: steps divisible by it
+    are kept besides. timeout_s: how long rank 0's thread waits for the other ranks' parts. file_limit: bytes of data
+    a file, a multiple of 8.
     """
 
     def __init__(

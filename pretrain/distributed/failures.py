@@ -42,7 +42,7 @@ _FAILURES = (
         CRASHED,
     ),
     _Failure(
-        ("Timed out waiting", "collective operation timeout", "Socket Timeout", "timeout caused pair closure"),
+        ("imed out waiting", "imed out after", "operation timeout", "Socket Timeout", "timeout caused pair closure"),
         "it waited too long for another rank, which is stuck or gone: RUN/heartbeat shows where each stands. The same "
         "command resumes",
         HUNG,

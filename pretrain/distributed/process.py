@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from pretrain.errors import UserError
 STARTING = 4
 """Times `faults.hang_s` that a start and its first step may take: they load, verify, compile."""
 TIMEOUT_S = 600.0
-"""Of a collective, where no watchdog watches."""
+"""Until all ranks have met; of a collective, where no watchdog watches."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ def process_group(hang_s: float | None = None) -> Iterator[Process]:
     Raises:
         UserError: another rank is gone, or a GPU, the network or a collective failed in a way that is known.
     """
+    # newer torch renames its collectives, older knows only these names
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")
@@ -77,8 +80,12 @@ def process_group(hang_s: float | None = None) -> Iterator[Process]:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if world > 1:
             backend = "nccl" if device.type == "cuda" else "gloo"
-            timeout = datetime.timedelta(seconds=TIMEOUT_S + (hang_s or 0) * STARTING)
-            dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout)
+            meeting = datetime.timedelta(seconds=TIMEOUT_S)
+            store, rank, world = next(dist.rendezvous("env://", rank, world, timeout=meeting))
+            timeout = meeting + datetime.timedelta(seconds=(hang_s or 0) * STARTING)
+            store.set_timeout(timeout)
+            store = dist.PrefixStore("default_pg", store)  # as torch does itself
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         yield Process(rank, world, local_rank, device)
     except RuntimeError as error:
         told = explained(error, rank, str(device))

@@ -40,4 +40,6 @@ def whole(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     # rows kept in host memory travel by way of the device that the ranks talk through
-    return tensor.to(tensor.device_mesh.device_type).full_tensor().to(local(tensor).device)
+    there = tensor.to(tensor.device_mesh.device_type)
+    assert isinstance(there, DTensor)
+    return there.full_tensor().to(local(tensor).device)

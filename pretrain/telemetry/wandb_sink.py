@@ -35,7 +35,8 @@ class WandbSink:
             import wandb
         except ImportError:
             raise UserError("log.wandb: wandb is not installed; pip install wandb, or leave log.wandb out") from None
-        self._wandb, self._run = wandb, None
+        self._wandb = wandb
+        self._run: Any = None
         if settings.mode == "online" and not wandb.login(prompt=False):
             raise UserError(
                 "log.wandb: nobody is logged in to W&B; run `wandb login`, set WANDB_API_KEY, or log.wandb.mode=offline"

@@ -1,4 +1,4 @@
-"""The certificate: its reference is the textbook's, a sound backend passes, and what is broken under it fails by name."""
+"""The certificate: its reference is the textbook's, what is sound passes, what is broken under it fails by name."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_the_verb_writes_the_certificate_and_says_it_with_its_exit_code(tmp_path
     assert process.returncode == 0, told
     kept = json.loads((tmp_path / "run" / "certificate.json").read_text())
     assert kept["passed"]
-    assert kept["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(kept["versions"]["torch"])
     assert [(c["backend"], c["verdict"]) for c in kept["cells"]] == [
         ("ddp", "PASS"), ("ddp", "PASS"), ("zero1", "refused"), ("zero1", "refused"),
     ]  # fmt: skip

@@ -144,25 +144,25 @@ def test_what_does_not_fit_is_told_with_an_accumulation_that_fits(shards, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "mib", "wanted"),
     [
-        ({}, 300, "accumulation=2"),
-        ({}, 190, "precision=bf16 accumulation="),
-        ({"precision": "bf16"}, 183, "compute.checkpoint_blocks=true accumulation="),
-        ({"precision": "bf16", "compute": {"checkpoint_blocks": True}}, 120, "backend=zero1 accumulation="),
+        ({}, 250, "accumulation=2"),
+        ({}, 225, "precision=bf16 accumulation="),
+        ({"precision": "bf16"}, 190, "compute.checkpoint_blocks=true accumulation="),
+        ({"precision": "bf16", "compute": {"checkpoint_blocks": True}}, 165, "backend=zero2 accumulation="),
         (
             {"precision": "bf16", "compute": {"checkpoint_blocks": True}, "optimizer": {"name": "muon"}},
-            90,
+            130,
             "backend=fsdp2",
         ),
     ],
 )
 def test_what_would_fit_is_told_in_the_order_of_its_cost(changes, mib, wanted):
-    vit = VIT | {"image": "vit_small_patch16_224", "image_size": 64, "image_kwargs": {"depth": 4}}
-    recipe = parse_recipe(recipe_data(Path("s"), Path("r"), model=vit, global_batch=128, **changes), "test")
+    vit = VIT | {"image": "vit_small_patch16_224", "image_size": 448, "image_kwargs": {"depth": 4}}
+    recipe = parse_recipe(recipe_data(Path("s"), Path("r"), model=vit, global_batch=8, **changes), "test")
     modules = memory.build(recipe, 60, 4)
     said = fit.advice(recipe, modules, mib << 20, 4)
     assert said.partition(": ")[2].startswith(wanted), said
     k = int(said.partition("accumulation=")[2].split()[0])
-    assert 32 % k == 0
+    assert 2 % k == 0
 
 
 def test_every_backend_is_told_with_what_a_rank_holds(shards, tmp_path):
@@ -211,17 +211,17 @@ def test_auto_is_the_smallest_accumulation_that_fits_nine_tenths(shards, tmp_pat
     recipe = parse_recipe(data, "test")
     needed = {
         k: looked(shards, tmp_path, model=RESNET, global_batch=48, accumulation=k).sections["memory of a rank"]
-        for k in (1, 2, 3, 4)
+        for k in (1, 4)
     }
     caplog.set_level("INFO")
-    for k in (1, 2, 3, 4):
+    for k in (1, 4):
         there = needed[k]["total_bytes"] / 0.9 + 8
         monkeypatch.setattr(fit, "memory_of", lambda *_, there=there: there)
         assert fit.resolve_local_batch(recipe, 1, torch.device("cpu")).accumulation == k
     assert "local_batch auto: 12 samples at once, accumulation 4" in caplog.text
     assert "statistics are of a micro-batch" in caplog.text
     monkeypatch.setattr(fit, "memory_of", lambda *_: 1 << 20)
-    with pytest.raises(UserError, match="local_batch auto: a rank needs about .*more ranks, or a smaller model"):
+    with pytest.raises(UserError, match=r"local_batch auto: a rank needs about .*more ranks, or a smaller model"):
         fit.resolve_local_batch(recipe, 1, torch.device("cpu"))
     monkeypatch.undo()
     assert fit.resolve_local_batch(recipe, 1, torch.device("cpu")).accumulation == 1

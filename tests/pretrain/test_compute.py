@@ -131,8 +131,6 @@ def of_backends(rank: int, world: int) -> dict[str, dict[str, dict[str, Tensor]]
         for backend in ("ddp", "fsdp2"):
             for again in (False, True):
                 recipe, trunk, joint = built(name, world, backend=backend, compute={"checkpoint_blocks": again})
-                if name == "resnet":
-                    recipe = recipe.model_copy(update={"backend": "ddp"}) if backend == "ddp" else recipe
                 compute.apply(trunk, recipe, CPU)
                 engine = build_backend(trunk, recipe, process)
                 torch.manual_seed(rank)
@@ -145,14 +143,14 @@ def of_backends(rank: int, world: int) -> dict[str, dict[str, dict[str, Tensor]]
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_backends_give_the_same_gradients(world):
-    for rank, found in enumerate(run_ranks(of_backends, world)):
+    for found in run_ranks(of_backends, world):
         for case, by in found.items():
             assert by["True"], case
             assert_close(by["True"], by["False"], 1e-5)
             assert_close(by["True"], found[case.replace("fsdp2", "ddp")]["False"], 1e-5)
-        assert rank < world
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_gradients(monkeypatch):
     kwargs = {"embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 8, "proj_drop_rate": 0.2}
     monkeypatch.setitem(MODELS, "one", (VIT | {"image_kwargs": kwargs, "text": DROPPING | {"layers": 1}}, {}))

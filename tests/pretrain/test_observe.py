@@ -125,7 +125,7 @@ def captions(*lengths: int, context: int = 12) -> Batch:
 def test_flops_of_a_step_are_those_of_the_matrices() -> None:
     """A ViT of width C and depth D on T tokens, by hand: forward, twice that backward but for the pixels' gradient."""
     model = tiny.VIT | {"text": None, "embed_dim": None}
-    recipe = of(model=model, objectives={"swav": {"prototypes": 8, "small_crops": 0}})
+    recipe = of(model=model, objectives={"swav": {"prototypes": 8, "hidden": 8, "crops": [[2, None, [0.14, 1.0]]]}})
     width, depth, tokens, patch = 16, 2, 5, 8 * 8 * 3
     block = tokens * 12 * width**2 + 2 * tokens**2 * width  # qkv, out and MLP; scores and their sum
     embed = (tokens - 1) * patch * width
@@ -142,7 +142,7 @@ def test_what_is_locked_or_a_teacher_has_no_backward_and_longer_captions_cost_mo
     assert text_only < image_locked < 0.8 * whole
     assert step_flops(of(accumulation=2), 60, batch) == whole, "cached features are computed twice and count once"
     assert step_flops(of(), 60, captions(8, 8)) > whole
-    moco = of(objectives={"moco": 1.0})
+    moco = of(objectives={"moco": {"queue": 24}})
     assert step_flops(moco, 60, batch) > 0
     assert caption_tokens(captions(3, 6, 0)) == 5
 
@@ -236,7 +236,9 @@ def test_the_door_profiles_a_run_that_goes_on(tmp_path: Path) -> None:
 
 
 def test_running_out_of_memory_says_what_would_fit(tmp_path: Path) -> None:
-    recipe = of(data={"sources": [str(tiny.write_shards(tmp_path / "shards"))]}, global_batch=48)
+    deep = {"image_size": 64, "image_kwargs": {"embed_dim": 64, "depth": 12, "num_heads": 2, "patch_size": 8}}
+    shards = str(tiny.write_shards(tmp_path / "shards"))
+    recipe = of(data={"sources": [shards]}, global_batch=48, model=tiny.VIT | deep)
     process = Process(1, 2, 1, torch.device("cpu"))
     with pytest.raises(UserError) as caught, memory_explained(recipe, process, tmp_path):
         torch.empty(2**55)

@@ -134,7 +134,7 @@ def test_losses_are_those_of_ddp_and_of_one_process(shards, world, cases):
             same = 3 if name == "swav" else STEPS
             assert apart(losses[:same], by_backend["ddp"][:same]) < 1e-6, (name, backend)
             assert apart(losses, by_backend["ddp"]) < 1e-4, (name, backend)
-            assert apart(losses[:same], alone[:same]) < 1e-6, (name, backend)
+            assert apart(losses[:same], alone[:same]) < 3e-6, (name, backend)
         assert len(set(by_backend["ddp"])) == STEPS
 
 
@@ -155,7 +155,9 @@ def one_step(rank: int, world: int, shards: str) -> dict[str, Any]:
         engine.drop_gradients()
         found[backend] = {"gradients": gradients, "square": square, "held": held_of(engine)}
         found[backend]["loss"] = steps(parts, r, rank, world, 0, STEPS)[-1]
-        found[backend]["state"] = sum(t.numel() for n, t in held(parts).items() if n.startswith("optim.") and ".exp_avg@" in n)
+        found[backend]["state"] = sum(
+            t.numel() for n, t in held(parts).items() if n.startswith("optim.") and ".exp_avg@" in n
+        )
     return found
 
 
@@ -187,25 +189,25 @@ def test_gradients_are_the_mean_and_every_rank_holds_its_share(shards, world):
 
 def resume(rank: int, world: int, shards: str, folder: str, name: str) -> dict[str, Any]:
     zero.KEPT_WHOLE = 200  # some tensors stay whole, some do not
-    saved, straight, states = {}, {}, {}
-    for backend in ALL:
+    saved, expected = {}, []
+    for backend in ALL:  # zero3 last: it changes torch's own linear in the whole process, by a last bit
         r = recipe(shards, name, backend)
         parts = parts_of(r, rank, world)
         steps(parts, r, rank, world, 0, STEPS // 2)
         saved[backend] = save(parts, Path(folder) / backend, rank, world)
-        straight[backend] = steps(parts, r, rank, world, STEPS // 2, STEPS)
-        states[backend] = held(parts)
+        straight, state = steps(parts, r, rank, world, STEPS // 2, STEPS), held(parts)
+        expected = expected or straight
+        if backend != "ddp":
+            parts = parts_of(r, rank, world, saved[backend])
+            assert steps(parts, r, rank, world, STEPS // 2, STEPS) == straight, backend
+            assert held(parts).keys() == state.keys()
+            different = [n for n, t in held(parts).items() if not torch.equal(t, state[n])]
+            assert not different, (backend, different)
     found: dict[str, Any] = {}
-    for source, target in [*((b, b) for b in ALL[1:]), *CROSSINGS]:
+    for source, target in CROSSINGS:
         r = recipe(shards, name, target)
-        parts = parts_of(r, rank, world, saved[source])
-        losses = steps(parts, r, rank, world, STEPS // 2, STEPS)
-        if source == target:
-            after = held(parts)
-            assert after.keys() == states[source].keys()
-            assert [n for n, t in after.items() if not torch.equal(t, states[source][n])] == [], source
-            assert losses == straight[source]
-        found[f"{source}->{target}"] = apart(losses, straight["ddp"])
+        losses = steps(parts_of(r, rank, world, saved[source]), r, rank, world, STEPS // 2, STEPS)
+        found[f"{source}->{target}"] = apart(losses, expected)
     return found
 
 
@@ -231,12 +233,17 @@ def test_a_run_goes_on_bit_for_bit_and_on_any_other_backend(shards, tmp_path, wo
 # ---- precision, memory
 
 
+WIDE = VIT | {
+    "image_kwargs": VIT["image_kwargs"] | {"embed_dim": 64}, "text": VIT["text"] | {"width": 64}, "embed_dim": 64
+}  # fmt: skip
+"""bf16 rounds features of 8 numbers so coarsely that two ranks and one process are 4e-3 apart under any backend."""
+
+
 def computed(rank: int, world: int, shards: str) -> dict[str, list[float]]:
     found = {}
     for backend in ("ddp", "zero2", "zero3"):
         for changes in ({"precision": "fp32"}, {"precision": "bf16"}, {"sharding": {"offload": True}}):
-            # clipping would bring in the norm's last bit, which bf16 makes a larger one
-            r = recipe(shards, "clip", backend, optimizer={"lr": 1e-3}, **changes)
+            r = recipe(shards, "clip", backend, model=WIDE, **changes)
             parts = parts_of(r, rank, world)
             found[f"{backend} {next(iter(changes.values()))}"] = steps(parts, r, rank, world, 0, STEPS)
     return found
