@@ -3,9 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 # faiss-cpu and faiss-gpu share a folder: one of the two, chosen by whether there is a GPU
 FAISS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
-BENCHMARKS := contrastive_loss siglip_loss order tar_reading decode swav_views pipeline clip_step swav_step objective_overhead trainer checkpoint exact_search
+BENCHMARKS := contrastive_loss siglip_loss order tar_reading decode swav_views pipeline clip_step swav_step objective_overhead trainer checkpoint parity resharding memory exact_search
 
-.PHONY: install demo test lint bench learning control ci-deps clean
+.PHONY: install demo test lint bench learning control faults ci-deps clean
 install: .venv/installed
 
 .venv/installed: pyproject.toml
@@ -40,6 +40,10 @@ learning: install
 # the demo's control, shown in its report: CLIP alone, three seeds, on captions of other scenes (about 15 minutes)
 control: install
 	$(BIN)/python -m benchmarks.shuffled_captions
+
+# two hundred runs with a fault each, seeded: finished ones are kept under runs/faults and not done again (hours)
+faults: install
+	$(BIN)/python -m benchmarks.faults --runs 200 --seed 0 --json benchmarks/results/faults.json
 
 # Debian packages that only tests need: a browser to open the report in
 ci-deps:

@@ -79,10 +79,11 @@ def replay(run: Path, step: int, *, advance: bool = False) -> Replayed:
     if not 1 <= step <= total:
         raise UserError(f"step {step} is outside the run: it has steps 1 to {total}")
     index = step - 1  # what the order, the reader and the checkpoints count: steps done before this one
-    checkpoint = find_latest(folder.checkpoints, at_most=index)
+    checkpoint = find_latest(folder.saves(recipe), at_most=index)
     if checkpoint is None and not advance:
         raise UserError(
-            f"{folder.checkpoints} holds no checkpoint from before step {step}; --advance trains up to it from nothing"
+            f"{folder.saves(recipe)} holds no checkpoint from before step {step}; "
+            f"--advance trains up to it from nothing"
         )
     state = _State(recipe, order.samples, checkpoint)
     joint = state.parts.joint

@@ -3,7 +3,10 @@
 RUN/recipe.yaml      resolved recipe          RUN/log.jsonl      a line a logged step
 RUN/run.json         every start of it        RUN/damaged.jsonl  samples passed over, and why
 RUN/checkpoints/     a folder a saved step    RUN/skips.json      data left out after a rewind
-RUN/spikes.jsonl     losses that leapt, with the samples of their batch;  RUN/tensorboard/
+RUN/spikes.jsonl     losses that leapt, and   RUN/heartbeat/     where each rank is; stacks of one that hung
+                     what their batch held    RUN/index.html     the run's page
+RUN/profile/         traces that were wanted  RUN/oom/           what was held when memory ran out
+RUN/tensorboard/, RUN/wandb/, RUN/wandb_id
 """
 
 from __future__ import annotations
@@ -58,7 +61,7 @@ class RunFolder:
             return []
         changed = _differences(self.recipe().model_dump(mode="json"), recipe.model_dump(mode="json"))
         refused = [line for key, line in changed.items() if not _free(key)]
-        if refused and any(self.checkpoints.glob("*/manifest.json")):
+        if refused and self._has_saved(recipe):
             shown = "\n  ".join(refused)
             raise UserError(
                 f"{self.path} holds a run of another recipe:\n  {shown}\n"
@@ -66,10 +69,22 @@ class RunFolder:
             )
         return list(changed.values())
 
+    def saves(self, recipe: Recipe) -> str | Path:
+        """Where checkpoints of the run go."""
+        return recipe.checkpoint.to or self.checkpoints
+
+    def _has_saved(self, recipe: Recipe) -> bool:
+        from pretrain.checkpoint.layout import MANIFEST, step_dirs
+
+        return any(MANIFEST in folder.names() for folder in step_dirs(self.saves(recipe)).values())
+
     def begin(self, recipe: Recipe, start: dict[str, Any]) -> None:
         """Keep the recipe and note this start; called by rank 0."""
-        write_text(self._made() / self.starts_file.name, json.dumps([*self.starts(), start], indent=1) + "\n")
-        write_text(self.recipe_file, dump_recipe(recipe))
+        try:
+            write_text(self._made() / self.starts_file.name, json.dumps([*self.starts(), start], indent=1) + "\n")
+            write_text(self.recipe_file, dump_recipe(recipe))
+        except OSError as error:
+            raise UserError(f"output: {self.path} cannot be written ({error.strerror}); make room there") from None
 
     def ended(self, how: str) -> None:
         """Note that the newest start ended as it should: done, stopped by a signal, rewound; called by rank 0."""

@@ -45,7 +45,7 @@ def set_up(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
     changed = folder.check(recipe)
     sources, order = open_data(recipe)
     total = recipe.total_steps(order.samples)
-    checkpoint = newest_whole(recipe.checkpoint.to or folder.checkpoints, folder.checkpoints)
+    checkpoint = newest_whole(folder.saves(recipe), folder.checkpoints)
     start = checkpoint.step if checkpoint else 0
     if checkpoint is not None:
         order.check_continues(checkpoint.meta["order"], start)
@@ -54,6 +54,7 @@ def set_up(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
     joint = parts.joint
     if start >= total:
         return None
+    evaluation = live_evaluation(recipe, parts.backend)
     reader = Reader(
         sources,
         order,
@@ -78,7 +79,7 @@ def set_up(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
         begun = {"from_step": start, "changed": changed, "world": process.world, "backend": parts.backend.describe()}
         folder.begin(recipe, {**provenance(), **begun})
     writer = CheckpointWriter(
-        recipe.checkpoint.to or folder.checkpoints,
+        folder.saves(recipe),
         rank=process.rank,
         world=process.world,
         attempt=from_first(new_attempt(), process),
@@ -97,7 +98,7 @@ def set_up(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
     )
     cleanup.callback(run_log.close)
     trainer = Trainer(
-        recipe, process, folder, order, reader, parts, writer, run_log, heart, live_evaluation(recipe, parts.backend),
+        recipe, process, folder, order, reader, parts, writer, run_log, heart, evaluation,
         start, total,
     )  # fmt: skip
     cleanup.callback(trainer.profile.stop)

@@ -17,6 +17,8 @@ from pretrain.checkpoint import find_latest
 from pretrain.distributed.process import Process
 from pretrain.errors import UserError
 from pretrain.exit_codes import NOT_FINITE
+from pretrain.flops import step_flops
+from pretrain.oom import memory_explained
 from pretrain.recipe import Recipe
 from pretrain.run import RunFolder
 from pretrain.setup import set_up
@@ -44,7 +46,7 @@ def train(recipe: Recipe, process: Process) -> bool:
 
 
 def _start(recipe: Recipe, process: Process, folder: RunFolder) -> bool:
-    with ExitStack() as cleanup:
+    with memory_explained(recipe, process, folder.path), ExitStack() as cleanup:
         run = set_up(recipe, process, folder, cleanup)
         if run is not None:
             return _loop(run, cleanup.enter_context(collected_together()))
@@ -64,6 +66,7 @@ def _loop(run: Trainer, collect: Callable[[int], None]) -> bool:
 
         # ---- evaluate, log
         if first:
+            run.clock.needs(step_flops(recipe, run.order.samples, batch))
             run.writer.reserve(run.parts.fragments())  # host memory for the first save, now that all state exists
         run.log_save()
         evaluated = run.evaluate(done) if last or _due(done, recipe.evaluate.every if recipe.evaluate else 0) else {}
@@ -94,7 +97,7 @@ def _leave_out(folder: RunFolder, rewind: Rewind, recipe: Recipe, process: Proce
     """Note that the data from the newest checkpoint to the step that broke is not to be seen again."""
     most = recipe.faults.max_nan
     if process.first:
-        newest = find_latest(recipe.checkpoint.to or folder.checkpoints)
+        newest = find_latest(folder.saves(recipe), verify=True)
         begin = newest.step if newest else 0
         batches = rewind.step + 1 - begin
         log.warning(f"{rewind}: back to step {begin}, and on without {batches} batches")

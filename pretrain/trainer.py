@@ -177,7 +177,7 @@ class Trainer:
         self.warn(done - 1, result.figures)
         if self.page and done % self.recipe.log.page_every == 0:
             self.page.write()
-        if (report := self.stragglers.read()) and report.line and self.process.first:
+        if self.process.first and (report := self.stragglers.read()) and report.line:
             log.warning(f"step {done}: {report.line}")
             self.log.event("straggler", step=done, message=report.line)
 
@@ -224,7 +224,10 @@ class Trainer:
             return {}
         self.at(done - 1, "evaluate")
         beat = partial(self.heart.at, done - 1, "evaluate")
-        return self.evaluation.run(done, beat, lambda: "stop" in self.agreed()) or {}
+        return self.evaluation.run(done, beat, self._stopping) or {}
+
+    def _stopping(self) -> bool:
+        return "stop" in self.flags.exchange(self.raised)
 
     def agreed(self) -> set[str]:
         """The flags that any rank had raised when this was last called; asked by all ranks together, who all get the

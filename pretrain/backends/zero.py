@@ -7,10 +7,8 @@ configuration, where most of them have a default that would silently change the 
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 from pretrain.backends.base import Backend, Inputs
 from pretrain.backends.zero_state import Piece, cuts, load_optimizer, optimizer_fragments, pieces, reduced
 from pretrain.checkpoint import Checkpoint, Fragment, slice_for_rank
-from pretrain.distributed.process import Process
+from pretrain.distributed.process import Process, ensure_group
 from pretrain.errors import UserError
 from pretrain.models.image import ImageTower
 from pretrain.models.momentum import MomentumCopy, ema_momentum
@@ -231,20 +229,10 @@ def _deepspeed(recipe: Recipe, process: Process) -> Any:
     except ImportError:
         raise UserError(f"backend {recipe.backend} needs DeepSpeed: pip install 'polyview[deepspeed]'") from None
     deepspeed.utils.logger.setLevel(logging.ERROR)  # its warnings are of what we chose
-    # it still calls collectives by names that newer torch has others for
-    warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
     # a C++ collective for inference, compiled for minutes at first use
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():  # one process alone
-        kind = "nccl" if process.device.type == "cuda" else "gloo"
-        dist.init_process_group(kind, store=dist.HashStore(), rank=0, world_size=1)
-        atexit.register(_leave)
+    ensure_group(process)
     return deepspeed
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _config(recipe: Recipe, trunk: Trunk) -> dict[str, Any]:

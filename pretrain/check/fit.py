@@ -130,7 +130,7 @@ def ways(recipe: Recipe, world: int) -> Iterator[tuple[list[str], Recipe]]:
 
 def by_backend(recipe: Recipe, modules: Modules, world: int) -> dict[str, dict[str, Any]]:
     """What a rank holds from step to step, and in all, under every backend that the recipe can have."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for tried in _backends(recipe):
         state = sharding.state(tried, modules.trunk, modules.joint, modules.teacher, world=world)
         total = memory.rank(tried, modules, world=world)["total_bytes"]

@@ -94,7 +94,7 @@ def compile_blocks(trunk: Trunk) -> None:
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     for block in all_units(trunk):
-        _replace(block, partial(_compiled(type(block)), block))
+        _replace(block, partial(_compiled(type(block)), block))  # type: ignore[arg-type]
 
 
 @cache
