@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -70,6 +70,7 @@ class Trainer:
     raised: set[str] = field(default_factory=set)
     warned: set[str] = field(default_factory=set)
     logged_save: int | None = None
+    saved_and_stopped: bool = False
     left_out: int = 0
     """Steps that were not finite, in this start."""
 
@@ -244,6 +245,7 @@ class Trainer:
         if self.process.world > 1:
             dist.barrier()  # no rank leaves before the checkpoint is whole
         self.log_save()
+        self.saved_and_stopped = stopped
         self.log.event("stop" if stopped else "end")
         if self.page:  # the first rank
             self.folder.ended("stopped" if stopped else "done")
@@ -255,15 +257,23 @@ class Trainer:
     def listening(self) -> Iterator[None]:
         """Within: a signal asks for a save and an end, instead of ending the process."""
 
+        received: set[int] = set()
+
         def ask(number: int, _frame: object) -> None:
             if "stop" in self.raised and number == signal.SIGINT:
                 raise KeyboardInterrupt  # the second Ctrl-C does not wait for the save
             self.raised.add("stop")
+            received.add(number)
 
-        with ExitStack() as before:
-            for number in SIGNALS:
-                before.callback(signal.signal, number, signal.signal(number, ask))
+        before = {int(number): signal.signal(number, ask) for number in SIGNALS}
+        try:
             yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        for number in received - {signal.SIGINT}:
+            if self.saved_and_stopped and callable(handler := before[number]):
+                handler(number, None)  # submitit's, which puts the job back into the queue: now there is a checkpoint
 
     def announce(self) -> None:
         """A line on what begins."""

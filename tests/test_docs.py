@@ -33,7 +33,7 @@ def test_the_objective_of_the_guide_trains_beside_clip(tmp_path, monkeypatch):
 
 
 def test_the_recipe_of_the_readme_is_valid():
-    (text,) = blocks(ROOT / "README.md", "yaml")
+    text = "".join(blocks(ROOT / "README.md", "yaml"))
     assert parse_recipe(yaml.safe_load(text), "README").total_steps(100_000) == 782
 
 

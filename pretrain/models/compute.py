@@ -98,7 +98,7 @@ def compile_blocks(trunk: Trunk) -> None:
 
 
 @cache
-def _compiled(kind: type[nn.Module]) -> Callable:
+def _compiled(kind: Any) -> Callable:
     # captions make another shape each step, crops a few; with eager's draws a second pass repeats the first
     dynamic = True if kind is TextBlock else None
     return torch.compile(kind.forward, dynamic=dynamic, options={"fallback_random": True})

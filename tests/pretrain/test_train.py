@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from pretrain.checkpoint import find_latest
 from pretrain.exit_codes import NOT_FINITE, STOPPED
 from pretrain.recipe import load_recipe
 from pretrain.run import RunFolder
-from pretrain.telemetry import read_events
+from pretrain.telemetry import read_events, read_log
 from tests.runs import ENVIRONMENT, kill_and_resume, losses, start, train, train_here, wait_for_a_step, weights
 from tests.tiny import RESNET, VIT, add, picture, recipe_data, write_recipe, write_shards
 
@@ -61,6 +63,32 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, shards):
     assert stopped is not None
     assert stopped.step < 4000
     assert f"resuming at step {stopped.step}" in train(str(recipe), f"steps={stopped.step + 2}")
+
+
+def test_a_job_scheduler_that_listens_too_is_called_once_all_is_saved(tmp_path, shards):
+    """submitit's handler puts the job back into the queue: it must find the checkpoint, and be called once."""
+    run, found = tmp_path / "run", []
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_data(shards, run, steps=4000, checkpoint={"every": 10000}))
+
+    def requeue(number, frame):
+        found.append(find_latest(run / "checkpoints").step)
+
+    def warn() -> None:
+        while not read_log(run / "log.jsonl"):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    run.mkdir()
+    (run / "log.jsonl").touch()
+    before = signal.signal(signal.SIGUSR2, requeue)
+    try:
+        threading.Thread(target=warn, daemon=True).start()
+        assert train_here(recipe) == STOPPED
+        assert signal.getsignal(signal.SIGUSR2) is requeue
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert len(found) == 1
+    assert 0 < found[0] < 4000
 
 
 def test_accumulation_gives_the_same_run(tmp_path, shards):
