@@ -107,7 +107,7 @@ class _State:
     """A run's weights in one process."""
 
     def __init__(self, recipe: Recipe, samples: int, checkpoint: Checkpoint | None) -> None:
-        self.recipe = recipe
+        self.recipe = recipe = recipe.model_copy(update={"backend": "ddp"})  # here is one process, whatever ran then
         self.world = checkpoint.meta["world"] if checkpoint else recipe.world or 1
         self.parts = assemble(recipe, samples, Process(0, 1, 0, torch.device("cpu")), checkpoint)
         self.step = checkpoint.step if checkpoint else 0
