@@ -136,8 +136,10 @@ def main() -> None:
         one_rank(args.rank[0], Path(args.rank[1]))
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    rows = [row(b, w) for b in args.backend for w in args.world or WORLDS[b]]
-    report("memory of a rank, ViT-L/16, AdamW, fp32", rows, args)
+    rows: list[dict[str, Any]] = []
+    for backend, world in ((b, w) for b in args.backend for w in args.world or WORLDS[b]):
+        rows.append(row(backend, world))
+        report("memory of a rank, ViT-L/16, AdamW, fp32", rows, args)  # each time: a world takes minutes
 
 
 if __name__ == "__main__":

@@ -80,8 +80,8 @@ class Live:
         return defined | {"eval/seconds": time.monotonic() - begun}
 
     def _figures(self) -> dict[str, float | None]:
-        features, whole = self._encode(self._sets.on, self._outputs)
-        images = {o: Images(unit_rows(x), whole, self._sets.on.known) for o, x in features.items()}
+        features, whole = self._encode(self._sets.test, self._outputs)
+        images = {o: Images(unit_rows(x), whole, self._sets.test.known) for o, x in features.items()}
         found: dict[str, float | None] = {}
         if "knn" in self._tasks:
             found |= self._knn(images["pooled"])
@@ -97,18 +97,18 @@ class Live:
         return image_features(self._towers, samples, outputs, decoder=samples.decoder)
 
     def _knn(self, queries: Images) -> dict[str, float | None]:
-        train, on = self._sets.train, self._sets.on
+        train, test = self._sets.train, self._sets.test
         assert train is not None
         features, whole = self._encode(train, ["pooled"])
         bank = Images(unit_rows(features["pooled"]), whole, train.known)
-        near = scores.neighbours(bank, queries, PROTOCOL.k, train.spec, on.spec, device=self._towers.device)
+        near = scores.neighbours(bank, queries, PROTOCOL.k, train.spec, test.spec, device=self._towers.device)
         return _accuracy("knn", near.answers(PROTOCOL))
 
     def _retrieval(self, images: Images) -> dict[str, float | None]:
         written = self._sets.captions
         assert written is not None
         captions = Captions(**vars(written), vectors=encode_texts(self._towers, written.texts))
-        found = scores.retrieve(images, captions, self._sets.on.spec, device=self._towers.device)
+        found = scores.retrieve(images, captions, self._sets.test.spec, device=self._towers.device)
         return {name.replace("@", "_"): value for name, value in retrieval.metrics(found.ranks).items()}
 
     def _zeroshot(self, images: Images) -> dict[str, float | None]:

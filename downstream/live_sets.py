@@ -57,7 +57,7 @@ class LiveSamples(Samples):
 class Sets:
     """What the recipe's tasks need."""
 
-    on: LiveSamples
+    test: LiveSamples
     train: LiveSamples | None = None
     captions: Texts | None = None
     classes: int = 0
@@ -73,21 +73,21 @@ def open_sets(recipe: Recipe, asked: EvaluateRecipe) -> Sets:
         UserError: shards, labels, captions, class names or the text tower that a task needs are not there.
     """
     _check_texts(recipe, asked)
-    with _named("on"):
-        sets = Sets(LiveSamples(asked.on, asked.samples))
+    with _named("shards"):
+        sets = Sets(LiveSamples(asked.shards, asked.samples))
     if {"knn", "zeroshot"} & set(asked.tasks):
-        with _named("on"):
-            sets.on.read_labels()
+        with _named("shards"):
+            sets.test.read_labels()
     if "knn" in asked.tasks:
         _open_bank(sets, asked)
     if "zeroshot" in asked.tasks:
-        with _named("on"):
-            names, templates = zeroshot.names_and_templates(sets.on)
-            zeroshot.check_classes(sets.on.known, names, sets.on)
+        with _named("shards"):
+            names, templates = zeroshot.names_and_templates(sets.test)
+            zeroshot.check_classes(sets.test.known, names, sets.test)
         sets.classes, sets.prompts = len(names), zeroshot.prompts(names, templates)
     if "retrieval" in asked.tasks:
-        with _named("on"):
-            sets.captions = read_captions(sets.on)
+        with _named("shards"):
+            sets.captions = read_captions(sets.test)
     return sets
 
 
@@ -106,8 +106,8 @@ def _open_bank(sets: Sets, asked: EvaluateRecipe) -> None:
     with _named("train"):
         sets.train = LiveSamples(asked.train, asked.samples)
         sets.train.read_labels()
-    train, test = (labels[labels >= 0] for labels in (sets.train.known, sets.on.known))
-    knn.check_labels(train, test, f"evaluate.train: {asked.train}", f"evaluate.on: {asked.on}")
+    train, test = (labels[labels >= 0] for labels in (sets.train.known, sets.test.known))
+    knn.check_labels(train, test, f"evaluate.train: {asked.train}", f"evaluate.shards: {asked.shards}")
     sets.notes += knn.notes(train, test, [knn.PROTOCOLS[0]])
 
 

@@ -52,7 +52,8 @@ def state(
     optimizer = recipe.optimizer
     return {
         "weights": copy + size((*joint.parameters(), *joint.buffers())),
-        "masters": part("optimizer", size(trained.values())) if backend in ("zero1", "zero2") else 0,
+        # DeepSpeed keeps an fp32 copy of its part beside weights that are fp32 themselves
+        "masters": part("optimizer", size(trained.values())) if backend.startswith("zero") else 0,
         "teacher": copy if teacher else 0,
         "ema": copy if recipe.ema else 0,
         "optimizer": part("optimizer", slots(optimizer, trained)) + slots(optimizer, own),

@@ -167,7 +167,7 @@ class EvaluateRecipe(Part):
 
     every: int = Field(ge=1)
     """Steps between evaluations; the last step is always evaluated."""
-    on: str
+    shards: str
     """Shards that are evaluated: a folder of tars, as in data.sources."""
     train: str | None = None
     """Labelled shards that kNN votes with; needed by knn."""

@@ -57,7 +57,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def asked(root: Path, **changes: Any) -> dict[str, Any]:
     data = root / "data"
-    return {"every": 2, "on": str(data / "test"), "train": str(data / "train"), "tasks": TASKS} | changes
+    return {"every": 2, "shards": str(data / "test"), "train": str(data / "train"), "tasks": TASKS} | changes
 
 
 def recipe(root: Path, name: str, **changes: Any) -> Recipe:
@@ -217,15 +217,19 @@ def test_weights_that_give_no_numbers_end_no_training(root: Path, caplog) -> Non
 @pytest.mark.parametrize(
     ("changes", "model", "message"),
     [
-        ({"on": "{root}/none"}, VIT, r"evaluate\.on: .*none"),
+        ({"shards": "{root}/none"}, VIT, r"evaluate\.shards: .*none"),
         ({"train": "{root}/none"}, VIT, r"evaluate\.train: .*none"),
         ({"train": None}, VIT, r"evaluate\.train: knn needs"),
-        ({"on": "{root}/bare", "tasks": ["knn"]}, VIT, r"evaluate\.on: .*bare: no sample has a class"),
+        ({"shards": "{root}/bare", "tasks": ["knn"]}, VIT, r"evaluate\.shards: .*bare: no sample has a class"),
         ({"train": "{root}/bare", "tasks": ["knn"]}, VIT, r"evaluate\.train: .*none can vote"),
-        ({"on": "{root}/bare", "tasks": ["zeroshot"]}, VIT, r"evaluate\.on: .*no classnames\.txt"),
-        ({"on": "{root}/bare", "tasks": ["retrieval"]}, VIT, r"evaluate\.on: .*caption"),
-        ({"on": "{root}/word", "tasks": ["knn"]}, VIT, r"evaluate\.on: .*its class is 'dog'"),
-        ({"on": "{root}/word/../high", "tasks": ["zeroshot"]}, VIT, r"evaluate\.on: .*class 7, but there are 2"),
+        ({"shards": "{root}/bare", "tasks": ["zeroshot"]}, VIT, r"evaluate\.shards: .*no classnames\.txt"),
+        ({"shards": "{root}/bare", "tasks": ["retrieval"]}, VIT, r"evaluate\.shards: .*caption"),
+        ({"shards": "{root}/word", "tasks": ["knn"]}, VIT, r"evaluate\.shards: .*its class is 'dog'"),
+        (
+            {"shards": "{root}/word/../high", "tasks": ["zeroshot"]},
+            VIT,
+            r"evaluate\.shards: .*class 7, but there are 2",
+        ),
         ({"tasks": ["retrieval", "zeroshot"]}, VIT | {"text": None}, r"evaluate\.tasks: retrieval and zeroshot need"),
         ({"weights": "ema"}, VIT, r"evaluate\.weights: ema is not kept in this run \(set ema: \{\}\)"),
         ({"weights": "teacher"}, VIT, r"evaluate\.weights: teacher is not kept"),
