@@ -47,7 +47,7 @@ def _follow(recipe: Recipe, wish: Wish) -> Recipe:
     section, _, name = wish.key.rpartition(".")
     part: Any = getattr(recipe, section) if section else recipe
     own = getattr(part, name)
-    if own == wish.value:
+    if wish.value in (own, type(part).model_fields[name].default):  # the launcher says its defaults too
         return recipe
     if wish.key not in _FOLLOWED or (name in part.model_fields_set and own != "auto"):
         raise UserError(
@@ -63,6 +63,8 @@ def _wishes(environ: Environ) -> Iterator[Wish]:
         yield from _fsdp(environ)
     if _asked(environ, "ACCELERATE_USE_DEEPSPEED"):
         yield from _deepspeed(environ)
+    if _asked(environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        yield from _parallelism(environ)
     precision = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision == "fp8":
         raise _refused("mixed_precision: fp8", "mixed_precision: bf16")
@@ -130,8 +132,6 @@ def _fsdp(environ: Environ) -> Iterator[Wish]:
             yield Wish(f"fsdp_{name.lower()}: {value}", key, value == "true")
     if _asked(set_, "FSDP_ACTIVATION_CHECKPOINTING"):
         yield Wish("fsdp_activation_checkpointing: true", "compute.checkpoint_blocks", True)
-    if _asked(environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):
-        yield from _parallelism(environ)
 
 
 def _parallelism(environ: Environ) -> Iterator[Wish]:

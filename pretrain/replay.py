@@ -27,7 +27,7 @@ from pretrain.objectives.base import Features
 from pretrain.optim.schedule import rates_at
 from pretrain.parts import assemble
 from pretrain.reader import Batch, Reader
-from pretrain.recipe import Recipe
+from pretrain.recipe import Recipe, ShardingRecipe
 from pretrain.run import RunFolder
 from pretrain.step import seed_draws
 from pretrain.telemetry import read_log
@@ -107,7 +107,11 @@ class _State:
     """A run's weights in one process."""
 
     def __init__(self, recipe: Recipe, samples: int, checkpoint: Checkpoint | None) -> None:
-        self.recipe = recipe = recipe.model_copy(update={"backend": "ddp"})  # here is one process, whatever ran then
+        # one process on a CPU, whatever ran then
+        compute = recipe.compute.model_copy(update={"attention": "auto", "compile": False})
+        self.recipe = recipe = recipe.model_copy(
+            update={"backend": "ddp", "sharding": ShardingRecipe(), "compute": compute}
+        )
         self.world = checkpoint.meta["world"] if checkpoint else recipe.world or 1
         self.parts = assemble(recipe, samples, Process(0, 1, 0, torch.device("cpu")), checkpoint)
         self.step = checkpoint.step if checkpoint else 0

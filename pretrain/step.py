@@ -40,6 +40,8 @@ class StepResult:
     """This rank's features, detached."""
     grad_norm: Tensor | None = None
     """Joint norm of trunk and objectives before clipping, once the step is taken; None: it was left out."""
+    overflowed: bool = False
+    """It was left out because fp16's scale was too high, and is lower now."""
 
 
 class TwoStage:
@@ -178,7 +180,8 @@ class Step:
             )  # fmt: skip
             self.loss_scale.taken()
         except NonFiniteError as error:
-            if not (error.may_overflow and self.loss_scale.overflowed()) and not self.skip:
+            result.overflowed = error.may_overflow and self.loss_scale.overflowed()
+            if not result.overflowed and not self.skip:
                 raise
             self._leave_out()
         return result

@@ -64,22 +64,25 @@ def _loop(run: Trainer, collect: Callable[[int], None]) -> bool:
         done = batch.step + 1
         first, last = done == run.start + 1, done == run.total
 
-        # ---- evaluate, log
+        # ---- save; training waits for the copy only
         if first:
             run.clock.needs(step_flops(recipe, run.order.samples, batch))
             run.writer.reserve(run.parts.fragments())  # host memory for the first save, now that all state exists
+        if last or _due(done, recipe.checkpoint.every):
+            run.save(done)
         run.log_save()
+
+        # ---- evaluate, log
         evaluated = run.evaluate(done) if last or _due(done, recipe.evaluate.every if recipe.evaluate else 0) else {}
         signals = last or _due(done, recipe.log.signals_every)
         if first or signals or evaluated or _due(done, recipe.log.every):
             run.log_step(done, result, evaluated, signals=signals)
 
-        # ---- save; what reached any rank (a signal, a wish for a profile) takes effect on all of them here
+        # ---- what reached any rank (a signal, a wish for a profile) takes effect on all of them here
         agreed = run.agreed()
         stop = "stop" in agreed
-        if last or stop or _due(done, recipe.checkpoint.every):
-            run.save(done)
         if stop:
+            run.save(done)
             break
         run.profile.step()
         if "profile" in agreed:

@@ -127,7 +127,7 @@ class Trainer:
             self.log.event("non-finite", step=batch.step + 1)
             raise self._refused(batch.step, error) from None
         if result.grad_norm is None:
-            self._note_left_out(batch.step)
+            self._note_left_out(batch.step, result.overflowed)
         elif self.spikes and (figures := self.spikes.seen(result.loss.item())):
             whole = self.order.batch(batch.step)
             note_spike(self.folder.path, batch.step + 1, figures, whole.source, whole.ids)
@@ -146,9 +146,9 @@ class Trainer:
             exit_code=NOT_FINITE,
         )
 
-    def _note_left_out(self, step: int) -> None:
-        self.log.event("left-out", step=step + 1)
-        if self.recipe.faults.nan != "skip":
+    def _note_left_out(self, step: int, overflowed: bool) -> None:
+        self.log.event("overflow" if overflowed else "left-out", step=step + 1)
+        if overflowed:
             return  # fp16 finding its scale
         self.left_out += 1
         most = self.recipe.faults.max_nan

@@ -6,7 +6,7 @@ from pretrain.backends.base import Backend
 from pretrain.distributed.process import Process
 from pretrain.errors import UserError
 from pretrain.models.trunk import Trunk
-from pretrain.recipe import Recipe
+from pretrain.recipe import Recipe, ShardingRecipe
 
 __all__ = ["Backend", "build_backend"]
 
@@ -32,8 +32,15 @@ def build_backend(trunk: Trunk, recipe: Recipe, process: Process, *, teacher: bo
 
 
 def check_combination(recipe: Recipe) -> None:
-    """UserError, with the reason and what to do, for what a backend cannot do right."""
-    if recipe.backend.startswith("zero") and recipe.optimizer.name in ("lars", "muon"):
+    """UserError, with the reason and what to do, for what a backend cannot do right, or would silently not do."""
+    zero = recipe.backend.startswith("zero")
+    for key, done in (("within", False), ("offload", zero), ("reshard_after_forward", False)):
+        own = getattr(recipe.sharding, key)
+        if recipe.backend != "fsdp2" and not done and own != ShardingRecipe.model_fields[key].default:
+            raise UserError(
+                f"sharding.{key}: {own} means nothing to backend {recipe.backend}; leave it out, or take backend=fsdp2"
+            )
+    if zero and recipe.optimizer.name in ("lars", "muon"):
         raise UserError(
             f"optimizer {recipe.optimizer.name} looks at whole tensors, and under backend {recipe.backend} an "
             "optimizer sees flat pieces of them: it would silently be another optimizer. Use backend=fsdp2 or ddp, or "

@@ -11,7 +11,7 @@ from pretrain.recipe.base import Part
 
 
 class OptimizerRecipe(Part):
-    """AdamW as CLIP used it, SGD, or LARS: of the trunk and of the objectives' own parameters alike."""
+    """AdamW as CLIP used it, SGD, LARS or Muon: of the trunk and of the objectives' own parameters alike."""
 
     name: Literal["adamw", "sgd", "lars", "muon"] = "adamw"
     """lars: SGD with every tensor's gradient scaled to the tensor's length, as SwAV (apex's LARC, not clipped). muon:
@@ -166,7 +166,7 @@ class EvaluateRecipe(Part):
     """Evaluation while the run goes on, on all ranks."""
 
     every: int = Field(ge=1)
-    """Steps between evaluations; the last step is always evaluated."""
+    """Steps between evaluations; the last step is evaluated too. A signal that comes meanwhile ends it."""
     shards: str
     """Shards that are evaluated: a folder of tars, as in data.sources."""
     train: str | None = None

@@ -49,8 +49,9 @@ class Recipe(Part):
     global_batch: int = Field(ge=1)
     """Samples an optimizer step, over all ranks and micro-steps."""
     accumulation: int = Field(default=1, ge=1)
-    """Micro-steps a step. Exact: features are cached, the loss sees the whole batch."""
-    local_batch: int | Literal["auto"] | None = None
+    """Micro-steps a step. Exact, since features are cached and the loss sees the whole batch; but with BatchNorm in a
+    tower, whose statistics are then of a micro-batch, it is another training."""
+    local_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     """Samples a rank takes at once, in place of `accumulation`; auto: the most that the estimate of memory allows.
     null: global_batch / (world · accumulation)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

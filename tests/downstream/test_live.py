@@ -201,7 +201,7 @@ def test_kept_images_are_bounded_and_damage_is_said_once(root: Path, monkeypatch
 
 def test_shards_that_vanish_end_no_training(root: Path, tmp_path: Path, caplog) -> None:
     shutil.copytree(root / "data/test", tmp_path / "test")
-    live = live_of(recipe(root, "gone", evaluate=asked(root, on=str(tmp_path / "test"), tasks=["rankme"])), alone())
+    live = live_of(recipe(root, "gone", evaluate=asked(root, shards=str(tmp_path / "test"), tasks=["rankme"])), alone())
     shutil.rmtree(tmp_path / "test")
     assert figures(live) == {}
     assert "step 1: not evaluated" in caplog.text

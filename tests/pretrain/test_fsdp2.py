@@ -108,7 +108,8 @@ def cases(rank: int, world: int, names: list[str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, Any]:
-    return {name: run(0, 1, "ddp", changes, torch.float64) for name, changes in CASES.items()}
+    whole_weights = {name: {k: v for k, v in case.items() if k != "sharding"} for name, case in CASES.items()}
+    return {name: run(0, 1, "ddp", changes, torch.float64) for name, changes in whole_weights.items()}
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -226,3 +227,10 @@ def test_one_process_alone_trains_the_same(tmp_path):
         data = recipe_data(shards, tmp_path / backend, backend=backend, steps=3)
         assert train_here(write_recipe(tmp_path / f"{backend}.yaml", data)) == 0
     assert losses(tmp_path / "fsdp2") == pytest.approx(losses(tmp_path / "ddp"), rel=1e-6)
+
+
+@pytest.mark.parametrize(("key", "value"), [("within", 2), ("offload", True), ("reshard_after_forward", False)])
+def test_what_another_backend_would_not_do_is_refused(key, value):
+    changes = {"backend": "ddp", "sharding": {key: value}}
+    with pytest.raises(UserError, match=rf"sharding\.{key}: {value} means nothing to backend ddp"):
+        check_combination(parse_recipe(recipe_data(Path("shards"), Path("run"), **changes), "here"))
