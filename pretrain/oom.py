@@ -70,7 +70,7 @@ def _advice(recipe: Recipe, process: Process) -> list[str]:
     """Overrides that need less by the estimate, cheapest first; without an estimate what helps in general."""
     try:
         return _estimated(recipe, process) or ["more ranks, or a smaller model: by the estimate nothing else does"]
-    except (UserError, MemoryError):
+    except Exception:  # whatever the estimate lacks, the first error is the one to tell of
         return ["a larger accumulation", "precision=bf16", "compute.checkpoint_blocks=true", "backend=fsdp2 or zero3"]
 
 

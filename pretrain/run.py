@@ -89,7 +89,10 @@ class RunFolder:
     def ended(self, how: str) -> None:
         """Note that the newest start ended as it should: done, stopped by a signal, rewound; called by rank 0."""
         *before, newest = self.starts()
-        write_text(self.starts_file, json.dumps([*before, {**newest, "ended": how}], indent=1) + "\n")
+        try:
+            write_text(self.starts_file, json.dumps([*before, {**newest, "ended": how}], indent=1) + "\n")
+        except OSError as error:  # the disk is full: what was trained is saved
+            log.warning("%s: that the run has %s is not noted (%s)", self.starts_file, how, error.strerror)
 
     def skips(self) -> list[SegmentRecipe]:
         """Stretches of data that rewinds have left out."""
@@ -101,12 +104,17 @@ class RunFolder:
     def add_skip(self, from_step: int, batches: int) -> None:
         """Leave out so many batches from 0-based `from_step` on; called by rank 0."""
         skips = [*self.skips(), SegmentRecipe(from_step=from_step, skip=batches)]
-        write_text(self.skips_file, json.dumps([s.model_dump() for s in skips], indent=1) + "\n")
+        try:
+            write_text(self.skips_file, json.dumps([s.model_dump() for s in skips], indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"output: {self.path} cannot be written ({error.strerror}); make room there") from None
 
     def with_skips(self, recipe: Recipe) -> Recipe:
         """`recipe` as this run follows it: without the data that rewinds have left out."""
-        given = recipe.data.segments
-        added = [segment for segment in self.skips() if segment not in given]
+        given, added = recipe.data.segments, self.skips()
+        for segment in given:  # a recipe that has them already; two may be alike
+            if segment in added:
+                added.remove(segment)
         data = recipe.data.model_copy(update={"segments": [*given, *added]})
         return recipe.model_copy(update={"data": data}) if added else recipe
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from contextlib import ExitStack
 from typing import Any
 
@@ -25,10 +26,10 @@ from pretrain.trainer import Trainer
 from pretrain.views.text import build_tokenizer
 
 
-def set_up(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitStack) -> Trainer | None:
+def set_up(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitStack, raised: set[str]) -> Trainer | None:
     """The trainer of this start; None where the run has done its last step.
 
-    What must be closed or put back at the end is given to `cleanup`.
+    What must be closed or put back at the end is given to `cleanup`. raised: what signals have asked for so far.
 
     Raises:
         UserError: recipe, data, world or folder do not fit one another.
@@ -86,8 +87,7 @@ def set_up(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
         keep_last=recipe.checkpoint.keep_last,
         keep_every=recipe.checkpoint.keep_every,
     )
-    # a save under way becomes whole also when the run ends in an error; a second Ctrl-C does not wait for it
-    cleanup.push(lambda kind, *_: writer.close() if kind is None or issubclass(kind, Exception) else None)
+    cleanup.push(lambda kind, *_: _close(writer, kind))
     run_log = RunLog(
         folder.path,
         total_steps=total,
@@ -99,12 +99,24 @@ def set_up(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
     cleanup.callback(run_log.close)
     trainer = Trainer(
         recipe, process, folder, order, reader, parts, writer, run_log, heart, evaluation,
-        start, total,
+        start, total, raised,
     )  # fmt: skip
     cleanup.callback(trainer.profile.stop)
     cleanup.enter_context(trainer.listening())
     trainer.announce()
     return trainer
+
+
+def _close(writer: CheckpointWriter, error: type[BaseException] | None) -> None:
+    """A save under way becomes whole also when the run ends in an error; a second Ctrl-C does not wait for it.
+
+    The launcher's SIGTERM, because another rank has ended with the same error, does not cut it.
+    """
+    if error is not None and not issubclass(error, Exception):
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    writer.close()
+    signal.signal(signal.SIGTERM, before)
 
 
 def from_first(value: Any, process: Process) -> Any:

@@ -7,13 +7,15 @@ goes on as if it had not been.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 
+import torch
 import torch.distributed as dist
 
-from pretrain.checkpoint import find_latest
+from pretrain.checkpoint import newest_whole
 from pretrain.distributed.process import Process
 from pretrain.errors import UserError
 from pretrain.exit_codes import NOT_FINITE
@@ -37,17 +39,20 @@ def train(recipe: Recipe, process: Process) -> bool:
         UserError: the recipe, the data or the folder do not fit; the loss became NaN; the disk is full.
     """
     folder = RunFolder(recipe.output)
+    raised: set[str] = set()  # a signal that comes as a run goes back is not forgotten
     with folder.lock() if process.first else nullcontext():
         while True:
             try:
-                return _start(folder.with_skips(recipe), process, folder)
+                return _start(folder.with_skips(recipe), process, folder, raised)
             except Rewind as rewind:
                 _leave_out(folder, rewind, recipe, process)
+            gc.collect()  # the model that was, before the next is built beside it
+            torch.cuda.empty_cache()
 
 
-def _start(recipe: Recipe, process: Process, folder: RunFolder) -> bool:
+def _start(recipe: Recipe, process: Process, folder: RunFolder, raised: set[str]) -> bool:
     with memory_explained(recipe, process, folder.path), ExitStack() as cleanup:
-        run = set_up(recipe, process, folder, cleanup)
+        run = set_up(recipe, process, folder, cleanup, raised)
         if run is not None:
             return _loop(run, cleanup.enter_context(collected_together()))
     if process.first:
@@ -99,18 +104,18 @@ def _due(done: int, every: int) -> bool:
 def _leave_out(folder: RunFolder, rewind: Rewind, recipe: Recipe, process: Process) -> None:
     """Note that the data from the newest checkpoint to the step that broke is not to be seen again."""
     most = recipe.faults.max_nan
+    if len(folder.skips()) >= most:
+        raise UserError(
+            f"{rewind}. Rewound faults.max_nan={most} times already; lower optimizer.lr or set optimizer.clip_norm, "
+            f"or look at the data: `polyview replay {folder.path} --step {rewind.step + 1}`",
+            exit_code=NOT_FINITE,
+        )
+    newest = newest_whole(folder.saves(recipe), folder.checkpoints)  # the very one that the next start will find
+    begin = newest.step if newest else 0
     if process.first:
-        newest = find_latest(folder.saves(recipe), verify=True)
-        begin = newest.step if newest else 0
         batches = rewind.step + 1 - begin
         log.warning(f"{rewind}: back to step {begin}, and on without {batches} batches")
         folder.add_skip(begin, batches)
         folder.ended("rewound")
     if process.world > 1:
         dist.barrier()  # the others read what the first has written
-    if len(folder.skips()) > most:
-        raise UserError(
-            f"{rewind}. Rewound more than faults.max_nan={most} times; lower optimizer.lr or set optimizer.clip_norm, "
-            f"or look at the data: `polyview replay {folder.path} --step {rewind.step + 1}`",
-            exit_code=NOT_FINITE,
-        )

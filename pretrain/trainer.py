@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -137,6 +137,8 @@ class Trainer:
     def _refused(self, step: int, error: NonFiniteError) -> Exception:
         """What is raised instead of a NaN: what a person can do about it, or the way back."""
         if self.recipe.faults.nan == "rewind":
+            with suppress(CheckpointError):  # it is to go back to the save under way, not to the one before
+                self.writer.wait()
             return Rewind(step, error)
         return UserError(
             f"step {step + 1}: {error}. No weight was touched. "

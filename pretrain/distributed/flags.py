@@ -9,14 +9,15 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from pretrain.distributed.groups import cpu_group
+
 
 class SharedFlags:
     """Named booleans, or-ed over the ranks, one step late."""
 
     def __init__(self, names: tuple[str, ...], world: int) -> None:
         self.names = names
-        # a group of its own: its collectives never mix with those of the training step, nor need a GPU
-        self._group: dist.ProcessGroup | None = dist.new_group(backend="gloo") if world > 1 else None  # type: ignore[assignment]
+        self._group = cpu_group() if world > 1 else None
         self._sent: tuple[torch.Tensor, dist.Work | None] | None = None
 
     def exchange(self, raised: set[str]) -> set[str]:

@@ -2,12 +2,12 @@
 
 Every function that communicates takes `group`: None means torch's default group when one is initialised and
 one process otherwise, a ProcessGroup means that group, LOCAL means never communicate. A sentinel, not a group
-of size one, because such a group would have to be made by all ranks together. Starting processes and making
-groups is not done here.
+of size one, because such a group would have to be made by all ranks together. Starting processes is not done here.
 """
 
 from __future__ import annotations
 
+import datetime
 import enum
 from typing import Final
 
@@ -40,3 +40,13 @@ def resolve(group: Group = None) -> tuple[dist.ProcessGroup | None, int, int]:
             "call this on the group's own ranks only, or pass group=LOCAL"
         )
     return process_group, rank, dist.get_world_size(process_group)
+
+
+def cpu_group() -> dist.ProcessGroup:
+    """Another group of all ranks, on gloo: its collectives never mix with those of the training step, nor need a GPU.
+
+    They wait for a day: who waits too long in a step is told by the step's own collectives, or by the watchdog.
+    """
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+    assert isinstance(group, dist.ProcessGroup)
+    return group

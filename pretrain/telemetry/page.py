@@ -113,11 +113,11 @@ def _named(recipe: str) -> str | None:
 def _state(folder: Path, history: History) -> str:
     """One of STATES: by the run's own last word, and whether somebody still trains."""
     last = next((e["event"] for e in reversed(history.events) if e["event"] in ("start", "resume", "stop", "end")), "")
-    if last == "end":
-        return "finished"
+    if last in ("end", "stop"):
+        return {"end": "finished", "stop": "stopped"}[last]
     if alive(folder):
         return "running"
-    return {"stop": "stopped", "": "not begun"}.get(last, "ended without a word")
+    return "ended without a word" if last else "not begun"
 
 
 def _head(history: History, state: str) -> str:

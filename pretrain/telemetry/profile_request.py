@@ -55,7 +55,7 @@ def read_request(folder: Path) -> dict[str, Any] | None:
     try:
         request = json.loads((folder / REQUEST).read_text())
         return {"steps": min(max(1, int(request["steps"])), MOST_STEPS), "asked": float(request["asked"])}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 

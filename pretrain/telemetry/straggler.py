@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from pretrain.distributed.groups import cpu_group
 from pretrain.distributed.process import Process
 
 NOISE_S = 0.005
@@ -49,7 +50,7 @@ class Stragglers:
     def __init__(self, process: Process, factor: float, *, every: int = 50, windows: int = 3) -> None:
         self._factor, self._every, self._windows = factor, every, windows
         self._world = process.world
-        self._group: dist.ProcessGroup | None = dist.new_group(backend="gloo") if process.world > 1 else None  # type: ignore[assignment]
+        self._group = cpu_group() if process.world > 1 else None
         self._hosts = self._gather_hosts()
         self._sums, self._steps = [0.0, 0.0], 0
         self._slow = [0] * process.world

@@ -64,9 +64,9 @@ class Watchdog:
     def _end(self, stood_s: float) -> None:
         faulthandler.dump_traceback_later(_LAST_WORDS_S, exit=True, file=STDERR)
         try:
+            faulthandler.dump_traceback(STDERR, all_threads=True)  # first: what follows reads files, which may hang too
             line = self._describe(stood_s)
             print(line, file=sys.stderr, flush=True)
-            faulthandler.dump_traceback(STDERR, all_threads=True)
             with open(self._stacks, "w") as file:
                 print(line, file=file, flush=True)
                 faulthandler.dump_traceback(file, all_threads=True)

@@ -103,7 +103,7 @@ def test_a_rewound_run_is_one_that_never_had_the_data(tmp_path, shards, world):
 
 def test_too_many_are_refused(tmp_path, shards, capsys):
     everywhere = {"optimizer": {"lr": 1e18}, "model": RESNET}
-    for nan, told in (("skip", "more than faults.max_nan=2"), ("rewind", "Rewound more than faults.max_nan=2")):
+    for nan, told in (("skip", "more than faults.max_nan=2"), ("rewind", "Rewound faults.max_nan=2 times already")):
         data = recipe_data(shards, tmp_path / nan, faults={"nan": nan, "max_nan": 2}, **everywhere)
         assert train_here(write_recipe(tmp_path / f"{nan}.yaml", data)) == NOT_FINITE
         assert told in capsys.readouterr().err
