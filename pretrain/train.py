@@ -71,7 +71,8 @@ def _loop(run: Trainer, collect: Callable[[int], None]) -> bool:
 
         # ---- save; training waits for the copy only
         if first:
-            run.clock.needs(step_flops(recipe, run.order.samples, batch))
+            if run.process.first:  # who logs
+                run.clock.needs(step_flops(recipe, run.order.samples, batch))
             run.writer.reserve(run.parts.fragments())  # host memory for the first save, now that all state exists
         if last or _due(done, recipe.checkpoint.every):
             run.save(done)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pretrain.checkpoint import Checkpoint, Fragment
 from pretrain.distributed.process import Process
 from pretrain.errors import UserError
+from pretrain.models.compute import AUTOCAST
 from pretrain.models.momentum import MomentumCopy, ema_momentum
 from pretrain.models.request import FeatureRequest, Input
 from pretrain.models.trunk import Trunk
@@ -24,9 +25,6 @@ from pretrain.recipe import Recipe
 from pretrain.weights.which import Which
 
 Inputs = Mapping[FeatureRequest, Input]
-
-AUTOCAST = {"auto": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What the towers compute in; auto: no launcher asked for anything."""
 
 
 class Backend(ABC):

@@ -31,15 +31,21 @@ def load_optimizer(
     checkpoint: Checkpoint,
 ) -> None:
     """Rebuild the state of `optimizer` from a checkpoint; parameters without any there start anew."""
+    slots = stored_slots(prefix, checkpoint)
+    for name, parameter in parameters.items():
+        optimizer.state[parameter] = {
+            slot: _slot(parameter, checkpoint, f"{prefix}.{name}.{slot}") for slot in slots.get(name, [])
+        }
+
+
+def stored_slots(prefix: str, checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """The slots that a checkpoint holds of every parameter, by its name."""
     slots: dict[str, list[str]] = {}
     for full_name in checkpoint.names():
         if full_name.startswith(f"{prefix}."):
             name, slot = full_name.removeprefix(f"{prefix}.").rsplit(".", 1)
             slots.setdefault(name, []).append(slot)
-    for name, parameter in parameters.items():
-        optimizer.state[parameter] = {
-            slot: _slot(parameter, checkpoint, f"{prefix}.{name}.{slot}") for slot in slots.get(name, [])
-        }
+    return slots
 
 
 def _slot(parameter: nn.Parameter, checkpoint: Checkpoint, name: str) -> Tensor:

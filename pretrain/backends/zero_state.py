@@ -7,7 +7,6 @@ pad at the end; a piece never reaches into padding.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain.backends.state import stored_slots
 from pretrain.checkpoint import Checkpoint, Fragment
 
 
@@ -88,15 +88,11 @@ def optimizer_fragments(held: Iterable[Piece], optimizer: torch.optim.Optimizer)
 
 def load_optimizer(held: Iterable[Piece], optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
     """Rebuild the state of the partitions; where the checkpoint has none for a parameter, it is zero."""
-    slots = defaultdict(list)
-    for full_name in checkpoint.names():
-        if full_name.startswith("optim."):
-            name, slot = full_name.removeprefix("optim.").rsplit(".", 1)
-            slots[name].append(slot)
+    slots = stored_slots("optim", checkpoint)
     optimizer.state.clear()
     for piece in held:
         state = optimizer.state[piece.flat]
-        for slot in slots[piece.name]:
+        for slot in slots.get(piece.name, []):
             name = f"optim.{piece.name}.{slot}"
             if checkpoint.shape(name) != piece.shape:
                 state[slot] = checkpoint.read(name).to(piece.flat.device)

@@ -32,7 +32,8 @@ _KERNELS: dict[str, Callable[[bool], None]] = {
     "cudnn": cuda.enable_cudnn_sdp,
     "math": cuda.enable_math_sdp,
 }
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"auto": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What the towers compute in; auto: no launcher asked for anything."""
 _VARIANTS = 64
 """Compiled forms a block may have: sizes of crops, with and without a graph, with and without dropout."""
 
@@ -113,7 +114,7 @@ def use_attention(kernel: str) -> None:
 
 def _try_attention(trunk: Trunk, recipe: Recipe, device: torch.device) -> None:
     """One tiny attention of each kind that the towers have, there and back."""
-    dtype = _AUTOCAST.get(recipe.precision, torch.float32)
+    dtype = AUTOCAST[recipe.precision] or torch.float32
     for whose, heads, width, causal, masked in dict.fromkeys(_attentions(trunk, recipe)):
         x = torch.zeros(1, heads, 4, width, device=device, dtype=dtype, requires_grad=True)
         mask = torch.ones(1, 1, 1, 4, device=device, dtype=torch.bool) if masked else None

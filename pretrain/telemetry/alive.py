@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+FOLDER = "heartbeat"
 SILENT_S = 60.0
 """Seconds without a sign of life after which a rank counts as gone; six times how often they give one."""
 
@@ -23,7 +24,7 @@ def alive(folder: Path) -> bool:
 def heartbeats(folder: Path) -> list[dict[str, Any]]:
     """The newest sign of life of every rank (RUN/heartbeat), by rank; what cannot be read is left out."""
     found = []
-    for file in sorted((folder / "heartbeat").glob("rank_*.json")):
+    for file in sorted((folder / FOLDER).glob("rank_*.json")):
         try:
             beat = json.loads(file.read_text())
         except (OSError, ValueError):

@@ -7,7 +7,7 @@ import re
 FIGURES: tuple[tuple[str, str, str, str], ...] = (
     (r"loss", "Loss", "Loss", "What training minimises, all objectives together; less is better within one recipe."),
     (r"loss[./_](.+)", "Loss", "Loss: {0}", "This objective's own part of the loss."),
-    (r"eval/(.+)", "Evaluation", "{0}", "On the shards of evaluate.on."),
+    (r"eval/(.+)", "Evaluation", "{0}", "On evaluate.shards."),
     (r"lr|learning_rate", "Learning", "Learning rate", "The schedule as it was run."),
     (r"grad_norm", "Learning", "Gradient norm", "Before clipping; a spike names a step worth replaying."),
     (

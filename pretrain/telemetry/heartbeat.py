@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pretrain.distributed.process import STARTING, Process
+from pretrain.telemetry.alive import FOLDER, heartbeats
 from pretrain.telemetry.watchdog import STDERR, Watchdog
 
 log = logging.getLogger(__name__)
 
-FOLDER = "heartbeat"
 SILENT = 4
 """Times the interval without a sign after which a rank counts as silent."""
 
@@ -84,7 +84,7 @@ class Heartbeat:
 
     def _line(self, stood_s: float) -> str:
         place, where = self._place, self._process
-        others = _elsewhere(read_heartbeats(self._folder.parent), where, place, self._every_s)
+        others = _elsewhere(heartbeats(self._folder.parent), where, place, self._every_s)
         return (
             f"rank {where.rank} on {platform.node()} made no progress for {stood_s:.0f} s (step {place.step}, "
             f"{place.phase}). {others}It ends with its stacks in {self._file('.stacks')}; the same command resumes"
@@ -131,17 +131,6 @@ class Heartbeat:
 
     def _file(self, suffix: str) -> Path:
         return self._folder / f"{self._name}{suffix}"
-
-
-def read_heartbeats(run: Path) -> list[dict[str, Any]]:
-    """The newest sign of life of every rank of the run in folder `run`, by rank; half-written ones are none."""
-    signs = []
-    for file in sorted((run / FOLDER).glob("rank_*.json")):
-        try:
-            signs.append(json.loads(file.read_text()))
-        except (OSError, ValueError):
-            continue
-    return signs
 
 
 def _elsewhere(signs: list[dict[str, Any]], here: Process, place: _Place, every_s: float) -> str:

@@ -20,7 +20,8 @@ from pretrain.distributed.failures import explained
 from pretrain.distributed.process import Process
 from pretrain.errors import UserError
 from pretrain.exit_codes import CRASH_LOOP, HUNG, LOST
-from pretrain.telemetry.heartbeat import Heartbeat, read_heartbeats
+from pretrain.telemetry.alive import heartbeats
+from pretrain.telemetry.heartbeat import Heartbeat
 from pretrain.telemetry.straggler import Stragglers
 from tests.ranks import free_port, run_ranks
 from tests.runs import ENVIRONMENT
@@ -32,6 +33,7 @@ import ctypes, os, signal, sys, time
 from pathlib import Path
 import torch.distributed as dist
 from pretrain.distributed.process import process_group
+from pretrain.telemetry.alive import heartbeats
 from pretrain.telemetry.heartbeat import Heartbeat
 import torch
 with process_group(1.0) as process:
@@ -89,7 +91,7 @@ def test_signs_of_life_say_who_is_where_and_those_of_a_larger_world_go(tmp_path)
     heartbeat = Heartbeat(tmp_path, process=Process(0, 1, 0, CPU), every_s=30, hang_s=None)
     heartbeat.at(41, "forward")
     heartbeat.close()
-    (sign,) = read_heartbeats(tmp_path)
+    (sign,) = heartbeats(tmp_path)
     assert (sign["rank"], sign["step"], sign["phase"], sign["device"]) == (0, 41, "forward", "cpu")
     assert begin <= sign["time"] <= time.time()
     assert 0 <= sign["since"] < 5
@@ -104,7 +106,7 @@ def test_a_place_that_takes_no_signs_of_life_does_not_end_the_training(tmp_path,
         time.sleep(0.06)
     heartbeat.close()
     assert len([r for r in caplog.records if "no signs of life" in r.message]) == 1
-    assert not read_heartbeats(tmp_path)
+    assert not heartbeats(tmp_path)
 
 
 def lagging(rank: int, world: int) -> list:
