@@ -17,6 +17,7 @@ PACKAGES = (
     "torch",
     "torchvision",
     "timm",
+    "deepspeed",
     "open_clip_torch",
     "webdataset",
     "faiss-cpu",

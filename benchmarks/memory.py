@@ -15,6 +15,7 @@ import ctypes
 import gc
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -97,13 +98,12 @@ def row(backend: str, world: int) -> dict[str, Any]:
     import torch
 
     from pretrain.check import sharding
-    from pretrain.launch import run_world
     from pretrain.models.trunk import build_trunk
     from pretrain.objectives.joint import Joint
 
     with tempfile.TemporaryDirectory() as out:
-        if run_world(world, ["-m", "benchmarks.memory", "--rank", backend, out]):
-            sys.exit(f"{backend} at world {world} failed")
+        command = [sys.executable, "-m", "benchmarks.memory", "--ranks", str(world), backend, out]
+        subprocess.run(command, check=True)  # ranks are forked from a process of their own, which trains nothing
         ranks = [json.loads(path.read_text()) for path in Path(out).glob("*.json")]
     recipe = _recipe(backend)
     with torch.device("meta"):
@@ -130,11 +130,13 @@ def main() -> None:
     p = parser(__doc__ or "")
     p.add_argument("--backend", nargs="*", default=list(WORLDS), choices=list(WORLDS))
     p.add_argument("--world", nargs="*", type=int, help="default: 1 2 and, where weights are spread, 4")
-    p.add_argument("--rank", nargs=2, metavar=("BACKEND", "OUT"), help="be one rank of it")
+    p.add_argument("--ranks", nargs=3, metavar=("WORLD", "BACKEND", "OUT"), help="be the ranks of it")
     args = p.parse_args()
-    if args.rank:
-        one_rank(args.rank[0], Path(args.rank[1]))
-        return
+    if args.ranks:
+        from pretrain.launch import run_world
+
+        world, backend, out = args.ranks
+        sys.exit(run_world(int(world), one_rank, backend, Path(out)))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     rows: list[dict[str, Any]] = []
     for backend, world in ((b, w) for b in args.backend for w in args.world or WORLDS[b]):

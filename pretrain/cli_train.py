@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import sys
 
+from pretrain.cli import call
 from pretrain.exit_codes import DONE, STOPPED, TABLE
 
 
@@ -25,7 +27,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
 
     from pretrain.accelerate_config import resolve
+    from pretrain.distributed.process import check_world, process_group
     from pretrain.launch import launched, run_world
+    from pretrain.train import train  # before ranks are forked: once for all of them
 
     recipe = resolve(recipe, os.environ)
     if not launched():
@@ -37,10 +41,7 @@ def run(args: argparse.Namespace) -> int:
         world = recipe.world or _gpus()
         if world > 1:
             print(f"starting {world} processes", file=sys.stderr, flush=True)
-            return run_world(world, ["-m", "pretrain", "train", args.recipe, *args.overrides])
-
-    from pretrain.distributed.process import check_world, process_group
-    from pretrain.train import train
+            return run_world(world, call, "pretrain train", __name__, [args.recipe, *args.overrides])
 
     check_world(recipe.world)
     with process_group(recipe.faults.hang_s) as process:
@@ -50,4 +51,8 @@ def run(args: argparse.Namespace) -> int:
 def _gpus() -> int:
     import torch
 
-    return max(1, torch.cuda.device_count())
+    # asking may start CUDA, which ranks that are forked may not inherit: a child asks, and answers with its exit code
+    child = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(torch.cuda.device_count()))
+    child.start()
+    child.join()
+    return max(1, child.exitcode or 0)

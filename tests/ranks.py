@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# ranks are forked from a server that has the heavy imports behind it, but has started no thread and no group
-multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "timm", "pretrain.models.trunk"])
+# forks from a server that has the heavy imports behind it, but has started no thread and no group
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["pretrain.train", "pretrain.backends.ddp", "pretrain.backends.fsdp2"])
 
 
 def free_port() -> int:
@@ -24,7 +25,8 @@ def free_port() -> int:
 
 
 def _entry(rank: int, fn: Callable, world: int, port: int, out: str, args: tuple) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(world))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
     try:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.faults import warm
 from pretrain.checkpoint import Checkpoint, find_latest, open_checkpoint
 from pretrain.recipe import Recipe, dump_recipe
 from pretrain.telemetry import read_events
 from pretrain.telemetry.runlog import read_lines
+from tests.runs import start
 
 PATIENCE_S = 300.0
 
@@ -62,26 +62,22 @@ class Start:
         self._log = run.folder.with_suffix(f".{len(run.codes)}.log")
         self._lines = run.folder / "log.jsonl"
         self._before = self._lines.stat().st_size if self._lines.is_file() else 0
-        self._process = warm.start([str(run.file)], self._log, file_limit)
-        assert self._process.pid is not None
-        self.pid: int = self._process.pid
+        self._process = start(str(run.file), log=self._log, file_limit=file_limit)
+        self.pid = self._process.pid
         self._ranks: list[int] = []
 
     @property
     def ended(self) -> bool:
-        return not self._process.is_alive()
+        return self._process.returncode is not None
 
     def wait(self) -> int:
         """Its exit code (negative: killed by that signal), when the last of its ranks is gone too."""
-        self._process.join(PATIENCE_S)
-        if self._process.exitcode is None:
-            os.killpg(self.pid, signal.SIGKILL)
-            raise TimeoutError(f"not at its end after {PATIENCE_S:.0f} s: {self._log}")
+        code = self._process.wait(PATIENCE_S)
         while any(Path(f"/proc/{pid}").exists() for pid in self._ranks):
             time.sleep(0.02)
-        self.run.codes.append(self._process.exitcode)
+        self.run.codes.append(code)
         self.run.told = self._log.read_text()
-        return self._process.exitcode
+        return code
 
     def send(self, number: signal.Signals, rank: int | None = None) -> bool:
         """Send a signal to a rank, or to the launcher; False when it or any rank has ended."""

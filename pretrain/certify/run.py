@@ -1,4 +1,4 @@
-"""Certify a recipe: the reference here, then every world as processes of its own on this machine."""
+"""Certify a recipe: the reference here, then every world as processes of its own on this machine (`worlds.py`)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import datetime
 import json
 import logging
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,19 +15,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from pretrain.backend_names import BACKENDS
 from pretrain.certify.cells import Cell
 from pretrain.certify.peers import Peer
 from pretrain.certify.reference import reference
 from pretrain.certify.shrink import ROWS, shrink, steady
 from pretrain.certify.table import Certificate
 from pretrain.errors import UserError
-from pretrain.launch import run_world
 from pretrain.recipe import Recipe, dump_recipe
 from pretrain.telemetry.provenance import versions
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 WORLDS = (1, 2, 3)
 ACCUMULATIONS = (1, 4)
 
@@ -56,13 +57,16 @@ def certify(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "recipe.yaml").write_text(dump_recipe(small))
-        (folder / "asked.json").write_text(json.dumps({"backends": backends, "accumulations": accumulations}))
+        asked = {"worlds": worlds, "backends": backends, "accumulations": accumulations}
+        (folder / "asked.json").write_text(json.dumps(asked))
         for drawn, found in expected.items():
             save_file({n: g.contiguous() for n, g in found.gradients.items()}, folder / f"{drawn}.safetensors")
+        log.info(f"{recipe.name}: worlds {', '.join(map(str, worlds))}")
+        _run_worlds(folder)
         for world in worlds:
-            log.info(f"{recipe.name}: world {world}")
-            found_cells, found_peers = _run(folder, world)
-            cells, peers = cells + found_cells, peers + found_peers
+            found = json.loads((folder / f"found_{world}.json").read_text())
+            cells += [Cell(**c) for c in found["cells"]]
+            peers += [Peer(**p) for p in found["peers"]]
     about = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seed": recipe.seed,
@@ -73,9 +77,8 @@ def certify(
     return Certificate(recipe.name, about, cells, peers)
 
 
-def _run(folder: Path, world: int) -> tuple[list[Cell], list[Peer]]:
-    os.environ["OMP_NUM_THREADS"] = "1"  # a rank a thread: sums come in one order
-    if run_world(world, ["-m", "pretrain.certify.rank", str(folder)]):
-        raise UserError(f"certify: world {world} ended with an error, told above")
-    found = json.loads((folder / f"found_{world}.json").read_text())
-    return [Cell(**c) for c in found["cells"]], [Peer(**p) for p in found["peers"]]
+def _run_worlds(folder: Path) -> None:
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # a rank: sums come in one order
+    done = subprocess.run([sys.executable, "-m", "pretrain.certify.worlds", str(folder)], env=one_thread, check=False)
+    if done.returncode:
+        raise UserError("certify: a world ended with an error, told above")

@@ -16,13 +16,15 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from pretrain.distributed.failures import explained
+from pretrain.distributed.failures import crashed, explained
 from pretrain.errors import UserError
 
 STARTING = 4
 """Times `faults.hang_s` that a start and its first step may take: they load, verify, compile."""
 TIMEOUT_S = 600.0
 """Until all ranks have met; of a collective, where no watchdog watches."""
+STORE_S = 10.0
+"""Until it is known which rank was the first to crash."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,17 @@ def process_group(hang_s: float | None = None) -> Iterator[Process]:
     hang_s: seconds after which a watchdog ends a rank that stands still; collectives wait longer, since it says more.
 
     Raises:
-        UserError: another rank is gone, or a GPU, the network or a collective failed in a way that is known.
+        UserError: for every error within. Another rank is gone, or a GPU, the network or a collective failed in a way
+            that is known; or it crashed: the first of the ranks that do tells the traceback.
     """
     # newer torch renames its collectives, older knows only these names
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    before = os.environ.get("LOCAL_RANK")
+    local_rank = int(before or "0")
     device = torch.device("cpu")
+    store: dist.Store | None = None
+    os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed reads it, at any world
     try:
         if torch.cuda.is_available():
             device = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -87,11 +93,24 @@ def process_group(hang_s: float | None = None) -> Iterator[Process]:
             store = dist.PrefixStore("default_pg", store)  # as torch does itself
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         yield Process(rank, world, local_rank, device)
-    except RuntimeError as error:
-        told = explained(error, rank, str(device))
-        if told is None:
-            raise
-        raise told from None
+    except UserError:
+        raise
+    except Exception as error:
+        told = explained(error, rank, str(device)) if isinstance(error, RuntimeError) else None
+        raise told or crashed(error, rank, whole=_is_first_crash(store)) from error
     finally:
+        if before is None:
+            del os.environ["LOCAL_RANK"]
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _is_first_crash(store: dist.Store | None) -> bool:
+    """Whether no other rank came to tell of its crash before."""
+    if store is None:
+        return True
+    try:
+        store.set_timeout(datetime.timedelta(seconds=STORE_S))
+        return store.add("crashed", 1) == 1
+    except RuntimeError:  # the rank that holds the store is gone, and told why
+        return False

@@ -24,6 +24,7 @@ from pretrain.distributed.flags import SharedFlags
 from pretrain.distributed.groups import LOCAL, resolve
 from pretrain.distributed.syncbn import SyncBatchNorm, convert, frozen_statistics
 from tests.ranks import run_ranks
+from tests.runs import LAUNCH
 
 
 def rows_of(rank: int, n: int) -> torch.Tensor:
@@ -60,8 +61,7 @@ except UserError as error:
 
 
 def test_a_rank_left_alone_says_so_in_a_line():
-    launch = "import sys; from pretrain.launch import run_world; sys.exit(run_world(2, sys.argv[1:]))"
-    done = subprocess.run([sys.executable, "-c", launch, "-c", LEFT_ALONE], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", LAUNCH, LEFT_ALONE], capture_output=True, text=True)
     assert done.returncode == 1
     told = done.stderr
     assert re.search(r"rank 0: rank 0 on \S+: it lost another rank, which ended first", told)

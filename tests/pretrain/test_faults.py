@@ -24,7 +24,7 @@ from pretrain.telemetry.alive import heartbeats
 from pretrain.telemetry.heartbeat import Heartbeat
 from pretrain.telemetry.straggler import Stragglers
 from tests.ranks import free_port, run_ranks
-from tests.runs import ENVIRONMENT
+from tests.runs import ENVIRONMENT, LAUNCH
 
 CPU = torch.device("cpu")
 
@@ -51,10 +51,7 @@ SLEEPS = "print('here', flush=True); time.sleep(0.4)"
 
 def beating(run: Path, then: str, launch: bool = False) -> subprocess.Popen:
     """A process, or a world of two, that beats for the run in folder `run`, and does `then`."""
-    argv = ["-c", BEATING.format(then=then), str(run)]
-    if launch:
-        start = "import sys; from pretrain.launch import run_world; sys.exit(run_world(2, sys.argv[1:]))"
-        argv = ["-c", start, *argv]
+    argv = [*(["-c", LAUNCH] if launch else ["-c"]), BEATING.format(then=then), str(run)]
     return subprocess.Popen(
         [sys.executable, *argv], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -92,7 +89,7 @@ def test_signs_of_life_say_who_is_where_and_those_of_a_larger_world_go(tmp_path)
     heartbeat.at(41, "forward")
     heartbeat.close()
     (sign,) = heartbeats(tmp_path)
-    assert (sign["rank"], sign["step"], sign["phase"], sign["device"]) == (0, 41, "forward", "cpu")
+    assert (sign["rank"], sign["step"], sign["phase"], sign["device"]) == (0, 41, "end", "cpu")
     assert begin <= sign["time"] <= time.time()
     assert 0 <= sign["since"] < 5
     json.dumps(sign)

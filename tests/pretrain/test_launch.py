@@ -10,8 +10,8 @@ import time
 import pytest
 
 from pretrain.exit_codes import CRASH_LOOP, CRASHED, DONE, HUNG, LOST, REFUSED, STOPPED, of_world
+from tests.runs import LAUNCH
 
-LAUNCH = "import sys; from pretrain.launch import run_world; sys.exit(run_world(2, ['-c', sys.argv[1]]))"
 RANK = "import os, signal, sys, time; first = os.environ['RANK'] == '0'; "
 
 

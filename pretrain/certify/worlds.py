@@ -1,4 +1,7 @@
-"""One rank of a world that certifies: `python -m pretrain.certify.rank FOLDER`, started by `run.py`; gloo, CPU."""
+"""The worlds that certify, in turn: `python -m pretrain.certify.worlds FOLDER`, started by `run.py`; gloo, CPU.
+
+A process of its own, since ranks are forked from it.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,19 @@ from safetensors.torch import load_file
 from pretrain.certify.cells import certify_world
 from pretrain.certify.peers import peers_at
 from pretrain.distributed.process import Process
+from pretrain.launch import run_world
 from pretrain.recipe import load_recipe
 
 
-def main(folder: Path) -> None:
-    """Certify what `folder` asks; rank 0 writes what was found."""
+def main(folder: Path) -> int:
+    """Certify what `folder` asks at every world, to the first that fails."""
+    worlds = json.loads((folder / "asked.json").read_text())["worlds"]
+    return next((code for world in worlds if (code := run_world(world, one_rank, folder))), 0)
+
+
+def one_rank(folder: Path) -> None:
+    """Certify at this rank's world; rank 0 writes what was found."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # newer names of its own calls
     process = Process(rank, world, rank, torch.device("cpu"))
     if world > 1:
@@ -40,4 +49,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    sys.exit(main(Path(sys.argv[1])))
