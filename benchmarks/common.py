@@ -26,10 +26,11 @@ PACKAGES = (
 )
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """A parser whose `--json PATH` keeps the figures."""
+def parser(doc: str, rounds: bool = True) -> argparse.ArgumentParser:
+    """A parser whose `--json PATH` keeps the figures; `rounds`: something is timed."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--rounds", type=int, default=5, help="interleaved rounds; the median is reported")
+    if rounds:
+        p.add_argument("--rounds", type=int, default=5, help="interleaved rounds; the median is reported")
     p.add_argument("--json", type=Path, help="write the figures, versions and command here")
     return p
 

@@ -17,7 +17,6 @@ from pretrain.parts import Parts
 from pretrain.reader import Batch
 from pretrain.recipe import OptimizerRecipe, Recipe, ScheduleRecipe, load_recipe
 
-BACKENDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 ALONE = Process(0, 1, 0, torch.device("cpu"))
 
 

@@ -127,7 +127,7 @@ def row(backend: str, world: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    p = parser(__doc__ or "")
+    p = parser(__doc__ or "", rounds=False)
     p.add_argument("--backend", nargs="*", default=list(WORLDS), choices=list(WORLDS))
     p.add_argument("--world", nargs="*", type=int, help="default: 1 2 and, where weights are spread, 4")
     p.add_argument("--ranks", nargs=3, metavar=("WORLD", "BACKEND", "OUT"), help="be the ranks of it")

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks.common import parser, report
-from benchmarks.curves import ALONE, BACKENDS, difference, on, small, train
+from benchmarks.curves import ALONE, difference, on, small, train
+from pretrain.backend_names import BACKENDS
 from pretrain.certify.cells import drawn_in
 from pretrain.certify.shrink import SAMPLES
 from pretrain.distributed.process import Process
@@ -92,7 +93,7 @@ def compare(
 
 
 def main() -> int:
-    p = parser(__doc__)
+    p = parser(__doc__, rounds=False)
     p.add_argument("--worlds", type=int, nargs="+", default=[2, 3])
     p.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     p.add_argument("--precisions", nargs="+", choices=BARS, default=list(BARS))

@@ -20,6 +20,7 @@ from typing import get_args
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from downstream.features import Captions, Images, encode_texts, image_features, 
 from downstream.live_sets import LiveSamples, open_sets
 from downstream.weights import Output
 from pretrain.backends import Backend
+from pretrain.distributed.groups import cpu_group
 from pretrain.errors import UserError
 from pretrain.models.request import FeatureRequest, Input
 from pretrain.recipe import Recipe
@@ -57,6 +59,7 @@ class Live:
             keep = "set ema: {}" if asked.weights == "ema" else "no objective of the recipe has a momentum teacher"
             raise UserError(f"evaluate.weights: {asked.weights} is not kept in this run ({keep})")
         self._tasks, self._backend = asked.tasks, backend
+        self._group = cpu_group() if backend.process.world > 1 else None
         self._sets = open_sets(recipe, asked)
         self._towers = LiveTowers(recipe, asked, backend)
         self._outputs = [o for o in get_args(Output) if any(o in OUTPUTS[task] for task in asked.tasks)]
@@ -73,7 +76,7 @@ class Live:
                 figures = self._figures()
         except Stopped:
             return None
-        except UserError as error:  # vectors that are not finite, no image left: the same on all ranks
+        except UserError as error:  # vectors that are not finite, images not to be read: the same on all ranks
             if self._backend.process.first:
                 log.warning(f"step {step}: not evaluated: {error}")
         defined = {f"eval/{name}": value for name, value in figures.items() if value is not None}
@@ -94,7 +97,22 @@ class Live:
         return found
 
     def _encode(self, samples: LiveSamples, outputs: Sequence[Output]) -> tuple[dict[Output, np.ndarray], np.ndarray]:
-        return image_features(self._towers, samples, outputs, decoder=samples.decoder)
+        """Features of all images on all ranks; UserError, on all alike, where one could not read its own."""
+        try:
+            found = image_features(self._towers, samples, outputs, decoder=samples.decoder)
+        except UserError:
+            self._check_read(samples)
+            raise
+        self._check_read(samples)
+        return found
+
+    def _check_read(self, samples: LiveSamples) -> None:
+        told = [samples.failed]
+        if self._backend.process.world > 1:
+            told *= self._backend.process.world
+            dist.all_gather_object(told, samples.failed, group=self._group)
+        if any(told):
+            raise UserError(f"{next(filter(None, told))}. The next evaluation reads it again")
 
     def _knn(self, queries: Images) -> dict[str, float | None]:
         train, test = self._sets.train, self._sets.test
@@ -155,12 +173,7 @@ class LiveTowers:
         self.beat()
         if self.stop():
             raise Stopped
-        if self._which == "model":
-            return self._backend.forward(inputs)
-        copy = self._backend.teacher if self._which == "teacher" else self._backend.ema
-        assert copy is not None
-        with self._backend.autocast():
-            return {request: feature.float() for request, feature in copy(inputs).items()}
+        return self._backend.forward(inputs, of=self._which)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,14 +22,21 @@ KEPT_BYTES = 1 << 30
 """Decoded images that a rank keeps of a source: 7,000 of 224 x 224, so 5,000 fit on one rank. Others are decoded at
 each evaluation."""
 
+AGAIN_AFTER_S = (1.0, 4.0)
+"""Pauses before a read that failed is tried again."""
+
 
 class LiveSamples(Samples):
-    """The first samples of a source, evaluated again and again; this rank's decoded images are kept in host memory."""
+    """The first samples of a source, evaluated again and again; this rank's decoded images are kept in host memory.
+
+    failed: why this evaluation cannot be believed, "" while it can: what was not to be read is no damage, and not kept.
+    """
 
     def __init__(self, spec: str, first: int | None) -> None:
         super().__init__(spec, first)
         self.known = np.full(len(self), -1)
         """(N,) int64 class numbers, -1 = none; read by `read_labels` alone."""
+        self.failed = ""
         self._kept: list[Batch] = []
         self._full = False
 
@@ -37,18 +45,31 @@ class LiveSamples(Samples):
         self.known = self.labels(range(len(self)))
 
     def image(self, sample: int) -> bytes:
-        try:
-            return super().image(sample)
-        except (OSError, UserError) as error:  # the shard has gone or changed since: no reason to end the training
-            raise DamagedSample(str(error)) from None
+        for pause_s in (*AGAIN_AFTER_S, None):
+            if self.failed:  # the others are not waited for, too
+                break
+            try:
+                return super().image(sample)
+            except (OSError, UserError) as error:  # a link, or a shard that changed: no reason to end the training
+                self.close()
+                if pause_s is None:
+                    self.failed = f"{self.source.shards[self._locate(sample)[0]]}: {error}"
+                else:
+                    time.sleep(pause_s)
+        raise DamagedSample(self.failed)
+
+    def leave_out(self, sample: int, reason: str) -> None:
+        if not self.failed:
+            super().leave_out(sample, reason)
 
     def decoder(self, towers: Towers, _: Samples, blocks: Sequence[range]) -> Iterator[Batch]:
         """As `features.decoded`; the first blocks, as many as fit, are decoded in the first evaluation alone."""
+        self.failed = ""
         yield from list(self._kept)
         for batch in decoded(towers, self, blocks[len(self._kept) :]):
             room = KEPT_BYTES - sum(pixels.nbytes for pixels, _ in self._kept)
             self._full = self._full or batch[0].nbytes > room
-            if not self._full:
+            if not self._full and not self.failed:
                 self._kept.append(batch)
             yield batch
 

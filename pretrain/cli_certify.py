@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-BACKENDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+from pretrain.backend_names import BACKENDS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

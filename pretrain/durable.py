@@ -1,13 +1,16 @@
-"""Small files that are whole or not there: write aside, fsync, rename, fsync of the folder.
+"""Files that are whole or not there: write aside, fsync, rename, fsync of the folder.
 
-Rename is atomic on local file systems, NFS and Lustre. Checkpoints have their own form of this
-(`pretrain.checkpoint.durable`): many ranks, gigabytes, and a disk that may be full.
+Rename is atomic on local file systems, NFS and Lustre.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+
+_CHUNK = 64 << 20  # bytes a write call: Linux takes at most 2 GiB at once
 
 
 def fsync_folder(folder: Path) -> None:
@@ -20,14 +23,31 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Put `text` at `path` in one step: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Put `text` at `path` in one step, durably: a reader sees the old file or the new one."""
+    write_file(path, [text.encode()], draft=path.with_name(f".{path.name}.{os.getpid()}.tmp"))
     fsync_folder(path.parent)
+
+
+def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, draft: Path) -> None:
+    """Put `chunks` at `path` in one step; the name is durable once its folder is synced.
+
+    draft: the name until then, in the same folder. Raises OSError, and leaves nothing behind, when the disk refuses.
+    """
+    try:
+        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            for chunk in chunks:
+                _write_all(fd, memoryview(chunk).cast("B"))
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        draft.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
+
+
+def _write_all(fd: int, view: memoryview) -> None:
+    while view:
+        view = view[os.write(fd, view[:_CHUNK]) :]

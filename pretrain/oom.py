@@ -71,13 +71,16 @@ def _advice(recipe: Recipe, process: Process) -> list[str]:
     try:
         return _estimated(recipe, process) or ["more ranks, or a smaller model: by the estimate nothing else does"]
     except Exception:  # whatever the estimate lacks, the first error is the one to tell of
-        return ["a larger accumulation", "precision=bf16", "compute.checkpoint_blocks=true", "backend=fsdp2 or zero3"]
+        smaller = "a larger accumulation, or a smaller local_batch"
+        return [smaller, "precision=bf16", "compute.checkpoint_blocks=true", "backend=fsdp2 or zero3"]
 
 
 def _estimated(recipe: Recipe, process: Process) -> list[str]:
     from pretrain.check import data, fit, memory  # not needed by a run that fits
 
     world, host = process.world, process.device.type == "cpu"
+    parts = fit.resolve_local_batch(recipe, world, process.device).accumulation
+    recipe = recipe.model_copy(update={"accumulation": parts})  # as it ran, but with the key that a person has written
     modules = memory.build(recipe, recipe.global_batch, world)
     modules.tokens = data.caption_tokens(recipe, data.look(recipe))
 
@@ -91,6 +94,6 @@ def _estimated(recipe: Recipe, process: Process) -> list[str]:
         k = fit.smallest_accumulation(tried, modules, room, world, host=host)
         if k is not None:
             fits = tried.model_copy(update={"accumulation": k})
-            overrides = " ".join([*changes, f"accumulation={k}"] if k != recipe.accumulation else changes)
+            overrides = " ".join([*changes, fit.split(recipe, world, k)] if k != recipe.accumulation else changes)
             found.append(f"{overrides}: about {needed(fits) / GIB:.2f} GiB a rank, {needed(recipe) / GIB:.2f} now")
     return found[:MOST_WAYS]

@@ -6,7 +6,7 @@ RUN/checkpoints/     a folder a saved step    RUN/skips.json      data left out 
 RUN/spikes.jsonl     losses that leapt, and   RUN/heartbeat/     where each rank is; stacks of one that hung
                      what their batch held    RUN/index.html     the run's page
 RUN/profile/         traces that were wanted  RUN/oom/           what was held when memory ran out
-RUN/tensorboard/, RUN/wandb/, RUN/wandb_id
+RUN/tensorboard/, RUN/wandb/, RUN/wandb_id       RUN/run_id          the run's name among others
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,7 @@ class RunFolder:
         self.damage_file = path / "damaged.jsonl"
         self.skips_file = path / "skips.json"
         self.checkpoints = path / "checkpoints"
+        self.id_file = path / "run_id"
 
     def recipe(self) -> Recipe:
         """The recipe the run was last started with; UserError when this is no run folder."""
@@ -71,20 +73,79 @@ class RunFolder:
 
     def saves(self, recipe: Recipe) -> str | Path:
         """Where checkpoints of the run go."""
-        return recipe.checkpoint.to or self.checkpoints
+        from pretrain.checkpoint.store import absolute
+
+        return absolute(recipe.checkpoint.to) if recipe.checkpoint.to else self.checkpoints
+
+    def places(self, recipe: Recipe) -> list[str | Path]:
+        """Where checkpoints of the run may be: where they go now, its own folder, and wherever else earlier starts have
+        sent them, but for places that are another run's by now.
+
+        Raises:
+            UserError: an earlier place cannot be looked at, and may hold the newest checkpoint that the log tells of.
+        """
+        from pretrain.checkpoint import CheckpointError, owners
+        from pretrain.checkpoint.layout import step_dirs
+
+        places = list(dict.fromkeys([self.saves(recipe), self.checkpoints]))
+        for to in dict.fromkeys(start["to"] for start in self.starts() if start.get("to") not in (None, *places)):
+            try:
+                if owners(to) <= {self.id()}:
+                    places.append(to)
+            except CheckpointError as error:
+                if (self.last_saved() or 0) > max((step for place in places for step in step_dirs(place)), default=0):
+                    raise
+                log.warning("not looked for earlier checkpoints: %s", error)
+        return places
 
     def _has_saved(self, recipe: Recipe) -> bool:
         from pretrain.checkpoint.layout import MANIFEST, step_dirs
 
-        return any(MANIFEST in folder.names() for folder in step_dirs(self.saves(recipe)).values())
+        if self.last_saved() is not None:
+            return True
+        folders = (folder for place in self.places(recipe) for folder in step_dirs(place).values())
+        return any(MANIFEST in folder.names() for folder in folders)
+
+    def last_saved(self) -> int | None:
+        """The step of the newest checkpoint that the log tells of."""
+        from pretrain.telemetry import read_events
+
+        if not self.log_file.is_file():
+            return None
+        return max((event["step"] for event in read_events(self.log_file) if event["event"] == "save"), default=None)
+
+    def id(self) -> str | None:
+        """What tells this run from all others."""
+        try:
+            return self.id_file.read_text().strip() or None
+        except FileNotFoundError:
+            return None
+
+    def claim(self, recipe: Recipe) -> str:
+        """The run's id, drawn at its first start; what `checkpoint.to` gives becomes its own place. Called by rank 0.
+
+        Raises:
+            UserError: that place is another run's, or cannot be written.
+        """
+        from pretrain.checkpoint import claim, new_attempt
+
+        run = self.id() or new_attempt()
+        try:
+            write_text(self._made() / self.id_file.name, f"{run}\n")
+        except OSError as error:
+            raise self._full(error) from None
+        if recipe.checkpoint.to:
+            claim(self.saves(recipe), run, {"output": str(self.path.absolute()), "host": platform.node()})
+        return run
 
     def begin(self, recipe: Recipe, start: dict[str, Any]) -> None:
-        """Keep the recipe and note this start; called by rank 0."""
+        """Keep the recipe and note this start, and where it sends its checkpoints; called by rank 0."""
+        start = {**start, "to": str(self.saves(recipe))} if recipe.checkpoint.to else start
         try:
             write_text(self._made() / self.starts_file.name, json.dumps([*self.starts(), start], indent=1) + "\n")
             write_text(self.recipe_file, dump_recipe(recipe))
         except OSError as error:
-            raise UserError(f"output: {self.path} cannot be written ({error.strerror}); make room there") from None
+            raise self._full(error) from None
 
     def ended(self, how: str) -> None:
         """Note that the newest start ended as it should: done, stopped by a signal, rewound; called by rank 0."""
@@ -107,7 +168,7 @@ class RunFolder:
         try:
             write_text(self.skips_file, json.dumps([s.model_dump() for s in skips], indent=1) + "\n")
         except OSError as error:
-            raise UserError(f"output: {self.path} cannot be written ({error.strerror}); make room there") from None
+            raise self._full(error) from None
 
     def with_skips(self, recipe: Recipe) -> Recipe:
         """`recipe` as this run follows it: without the data that rewinds have left out."""
@@ -124,6 +185,9 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"output: {self.path} cannot be made a folder ({error.strerror}); choose another") from None
         return self.path
+
+    def _full(self, error: OSError) -> UserError:
+        return UserError(f"output: {self.path} cannot be written ({error.strerror}); make room there")
 
     def starts(self) -> list[dict[str, Any]]:
         """Every start so far, the newest last."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from pretrain import crash_loop
 from pretrain.check.fit import resolve_local_batch
-from pretrain.checkpoint import CheckpointWriter, new_attempt, newest_whole
+from pretrain.checkpoint import Checkpoint, CheckpointWriter, new_attempt, newest_whole
 from pretrain.data import open_data
 from pretrain.distributed.process import Process
 from pretrain.errors import UserError
@@ -24,6 +25,8 @@ from pretrain.telemetry import RunLog, provenance
 from pretrain.telemetry.heartbeat import Heartbeat
 from pretrain.trainer import Trainer
 from pretrain.views.text import build_tokenizer
+
+T = TypeVar("T")
 
 
 def set_up(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitStack, raised: set[str]) -> Trainer | None:
@@ -46,14 +49,16 @@ def set_up(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
     changed = folder.check(recipe)
     sources, order = open_data(recipe)
     total = recipe.total_steps(order.samples)
-    checkpoint = newest_whole(folder.saves(recipe), folder.checkpoints)
+    run = _by_first(lambda: folder.claim(recipe), process)
+    checkpoint = newest_saved(recipe, process, folder)
     start = checkpoint.step if checkpoint else 0
     if checkpoint is not None:
         order.check_continues(checkpoint.meta["order"], start)
-    crash_loop.check(folder.path, from_first(folder.starts(), process), start, faults.max_crashes)
+    starts = from_first(folder.starts(), process)
+    crash_loop.check(folder.path, starts, start, faults.max_crashes)
     parts = assemble(recipe, order.samples, process, checkpoint)
     joint = parts.joint
-    if start >= total:
+    if start > total or (start == total and starts and starts[-1].get("ended") == "done"):
         return None
     evaluation = live_evaluation(recipe, parts.backend)
     reader = Reader(
@@ -76,14 +81,12 @@ def set_up(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
         micro = recipe.global_batch // (process.world * recipe.accumulation)
         first = reader.batch(start).rows(0, micro).to(process.device)
         parts.backend.warm_up(parts.two_stage.inputs(first))
-    if process.first:
-        begun = {"from_step": start, "changed": changed, "world": process.world, "backend": parts.backend.describe()}
-        folder.begin(recipe, {**provenance(), **begun})
     writer = CheckpointWriter(
         folder.saves(recipe),
         rank=process.rank,
         world=process.world,
         attempt=from_first(new_attempt(), process),
+        run=run,
         keep_last=recipe.checkpoint.keep_last,
         keep_every=recipe.checkpoint.keep_every,
     )
@@ -100,11 +103,32 @@ def set_up(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
     trainer = Trainer(
         recipe, process, folder, order, reader, parts, writer, run_log, heart, evaluation,
         start, total, raised,
+        left_out=checkpoint.meta.get("left_out", 0) if checkpoint else 0,
     )  # fmt: skip
     cleanup.callback(trainer.profile.stop)
     cleanup.enter_context(trainer.listening())
+    if process.first:  # last: a start that is refused is none, and a signal from here on is no crash
+        begun = {"from_step": start, "changed": changed, "world": process.world, "backend": parts.backend.describe()}
+        folder.begin(recipe, {**provenance(), **begun})
     trainer.announce()
     return trainer
+
+
+def newest_saved(recipe: Recipe, process: Process, folder: RunFolder) -> Checkpoint | None:
+    """The newest whole checkpoint of the run, wherever it has saved; None: it has saved none. By all ranks together.
+
+    Raises:
+        UserError: what it has saved is not there, not whole, or cannot be read.
+    """
+    places, saved = _by_first(lambda: (folder.places(recipe), folder.last_saved()), process)
+    newest = newest_whole(*places)
+    if newest is None and saved is not None:
+        raise UserError(
+            f"{folder.path}: its log tells of a checkpoint of step {saved}, and there is none in "
+            f"{', '.join(map(str, places))}. Put it back, or say in checkpoint.to where it is; to begin anew, give "
+            f"another output"
+        )
+    return newest
 
 
 def _close(writer: CheckpointWriter, error: type[BaseException] | None) -> None:
@@ -117,6 +141,20 @@ def _close(writer: CheckpointWriter, error: type[BaseException] | None) -> None:
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     writer.close()
     signal.signal(signal.SIGTERM, before)
+
+
+def _by_first(act: Callable[[], T], process: Process) -> T:
+    """What `act` comes to on rank 0, be it an error that a person is meant to read, on all ranks."""
+    done: Any = None
+    if process.first:
+        try:
+            done = act()
+        except UserError as error:
+            done = error
+    done = from_first(done, process)
+    if isinstance(done, UserError):
+        raise done
+    return done
 
 
 def from_first(value: Any, process: Process) -> Any:

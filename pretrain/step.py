@@ -234,14 +234,14 @@ def update(
     scale: of the trunk's gradients (fp16).
 
     Raises:
-        NonFiniteError: loss or gradient is not finite. The norm is of the reduced gradient, so all ranks see the
-            same and none has stepped.
+        NonFiniteError: loss or gradient is not finite. Both are over all ranks, so all see the same and none has
+            stepped.
     """
-    replicated.reduce()
+    loss = replicated.reduce(result.loss)  # an objective's may be a rank's own
     norm = (backend.squared_norm() / scale**2 + replicated.squared_norm()).sqrt()
-    if not torch.isfinite(norm + result.loss):
-        own = torch.isfinite(replicated.squared_norm() + result.loss).item()
-        raise NonFiniteError(result.loss.item(), norm.item(), may_overflow=bool(own))
+    if not torch.isfinite(norm + loss):
+        own = torch.isfinite(replicated.squared_norm() + loss).item()
+        raise NonFiniteError(loss.item(), norm.item(), may_overflow=bool(own))
     factor = torch.ones_like(norm) if clip_norm is None else (clip_norm / (norm + 1e-6)).clamp(max=1.0)
     if clip_norm is not None:
         replicated.scale_gradients(factor)

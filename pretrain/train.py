@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
 
-from pretrain.checkpoint import newest_whole
 from pretrain.distributed.process import Process
 from pretrain.errors import UserError
-from pretrain.exit_codes import NOT_FINITE
+from pretrain.exit_codes import FINAL, NOT_FINITE
 from pretrain.flops import step_flops
 from pretrain.oom import memory_explained
 from pretrain.recipe import Recipe
 from pretrain.run import RunFolder
-from pretrain.setup import set_up
+from pretrain.setup import newest_saved, set_up
 from pretrain.telemetry.garbage import collected_together
 from pretrain.trainer import Rewind, Trainer
 
@@ -45,23 +44,43 @@ def train(recipe: Recipe, process: Process) -> bool:
             try:
                 return _start(folder.with_skips(recipe), process, folder, raised)
             except Rewind as rewind:
-                _leave_out(folder, rewind, recipe, process)
+                with _refusal_noted(folder):
+                    _leave_out(folder, rewind, recipe, process)
             gc.collect()  # the model that was, before the next is built beside it
             torch.cuda.empty_cache()
 
 
 def _start(recipe: Recipe, process: Process, folder: RunFolder, raised: set[str]) -> bool:
-    with memory_explained(recipe, process, folder.path), ExitStack() as cleanup:
-        run = set_up(recipe, process, folder, cleanup, raised)
+    with ExitStack() as cleanup:
+        with memory_explained(recipe, process, folder.path):
+            run = set_up(recipe, process, folder, cleanup, raised)
         if run is not None:
-            return _loop(run, cleanup.enter_context(collected_together()))
+            with _refusal_noted(folder), memory_explained(recipe, process, folder.path):
+                return _loop(run, cleanup.enter_context(collected_together()))
     if process.first:
         log.info(f"{recipe.name}: already trained to its last step; more of them (steps=…) would go on from there")
     return True
 
 
+@contextmanager
+def _refusal_noted(folder: RunFolder) -> Iterator[None]:
+    """Within: what a person must put right first, or broke off, is noted: it is no crash (`pretrain.crash_loop`).
+
+    By whichever rank met it, since the others only lose that one.
+    """
+    try:
+        yield
+    except (UserError, KeyboardInterrupt) as error:
+        if folder.starts() and (isinstance(error, KeyboardInterrupt) or error.exit_code in FINAL):
+            folder.ended("refused")
+        raise
+
+
 def _loop(run: Trainer, collect: Callable[[int], None]) -> bool:
+    if run.start == run.total:  # killed behind its last save
+        return run.complete()
     recipe = run.recipe
+    evaluated: dict[str, float] | None
     last = stop = False
     for batch in run.batches():
         # ---- features, loss, gradients, update
@@ -82,7 +101,7 @@ def _loop(run: Trainer, collect: Callable[[int], None]) -> bool:
         evaluated = run.evaluate(done) if last or _due(done, recipe.evaluate.every if recipe.evaluate else 0) else {}
         signals = last or _due(done, recipe.log.signals_every)
         if first or signals or evaluated or _due(done, recipe.log.every):
-            run.log_step(done, result, evaluated, signals=signals)
+            run.log_step(done, result, evaluated or {}, signals=signals)
 
         # ---- what reached any rank (a signal, a wish for a profile) takes effect on all of them here
         agreed = run.agreed()
@@ -94,8 +113,9 @@ def _loop(run: Trainer, collect: Callable[[int], None]) -> bool:
         if "profile" in agreed:
             run.profile.start(done)
         collect(done)
-    run.finish(stop and not last)
-    return last
+    stopped = stop and (not last or evaluated is None)
+    run.finish(stopped)
+    return not stopped
 
 
 def _due(done: int, every: int) -> bool:
@@ -111,7 +131,7 @@ def _leave_out(folder: RunFolder, rewind: Rewind, recipe: Recipe, process: Proce
             f"or look at the data: `polyview replay {folder.path} --step {rewind.step + 1}`",
             exit_code=NOT_FINITE,
         )
-    newest = newest_whole(folder.saves(recipe), folder.checkpoints)  # the very one that the next start will find
+    newest = newest_saved(recipe, process, folder)  # the very one that the next start will find
     begin = newest.step if newest else 0
     if process.first:
         batches = rewind.step + 1 - begin

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.checkpoint import CheckpointError, CheckpointWriter
@@ -30,7 +29,7 @@ from pretrain.reader import Batch, Reader
 from pretrain.recipe import Recipe
 from pretrain.run import RunFolder
 from pretrain.step import NonFiniteError, StepResult
-from pretrain.telemetry import RunLog, RunPage, StepClock, embedding_std, rankme
+from pretrain.telemetry import RunLog, RunPage, StepClock, embedding_std, rankme, read_log
 from pretrain.telemetry.heartbeat import Heartbeat
 from pretrain.telemetry.phases import Phases
 from pretrain.telemetry.profiler import ProfileWindow
@@ -72,7 +71,7 @@ class Trainer:
     logged_save: int | None = None
     saved_and_stopped: bool = False
     left_out: int = 0
-    """Steps that were not finite, in this start."""
+    """Steps of the run that were not finite, up to here; kept in its checkpoints."""
 
     def __post_init__(self) -> None:
         faults, device = self.recipe.faults, self.process.device
@@ -86,7 +85,7 @@ class Trainer:
         self.stragglers = Stragglers(self.process, faults.straggler)
         self.own = OwnClock(device)
         self.first_collective = "forward" if _meets_in_forward(self.recipe, self.parts.backend.trunk) else "loss"
-        self.waited_s = 0.0
+        self._step, self.waited_s = self.start, 0.0
         self.page = RunPage(self.folder.path) if self.process.first else None
         self.spikes = Spikes(faults.spike, faults.spike_window) if faults.spike and self.process.first else None
         self.parts.two_stage.mark = self._at
@@ -138,7 +137,7 @@ class Trainer:
         """What is raised instead of a NaN: what a person can do about it, or the way back."""
         if self.recipe.faults.nan == "rewind":
             with suppress(CheckpointError):  # it is to go back to the save under way, not to the one before
-                self.writer.wait()
+                self.writer.wait(self._beat)
             return Rewind(step, error)
         return UserError(
             f"step {step + 1}: {error}. No weight was touched. "
@@ -158,8 +157,9 @@ class Trainer:
             log.warning(f"step {step + 1} is not finite: left out ({self.left_out} of at most {most})")
         if self.left_out > most:
             raise UserError(
-                f"step {step + 1}: more than faults.max_nan={most} steps were not finite since this start; lower "
-                f"optimizer.lr or set optimizer.clip_norm. No weight was touched by them",
+                f"step {step + 1}: more than faults.max_nan={most} steps of this run were not finite; lower "
+                f"optimizer.lr or set optimizer.clip_norm. No weight was touched by them. To go on all the same: "
+                f"faults.max_nan={most + 1} or more",
                 exit_code=NOT_FINITE,
             )
 
@@ -205,13 +205,19 @@ class Trainer:
             "samples_seen": step * self.recipe.global_batch,
             "world": self.process.world,
             "backend": self.parts.backend.describe(),
+            "left_out": self.left_out,
         }
         try:
-            self.writer.wait()
+            self.writer.wait(self._beat)
         except CheckpointError as error:
             log.warning(f"{error}; trying again at step {step}")
             self.log.event("save-failed", step=step)
+        self.flags.meet(self._beat)  # the first rank waits for the commit too, the others would look as if they hung
         self.writer.save(step, self.parts.fragments(), meta)
+
+    def _beat(self) -> None:
+        """A sign of life while a save is waited for."""
+        self.heart.at(self._step, "save")
 
     def log_save(self) -> None:
         """Note the newest checkpoint once it is whole."""
@@ -221,13 +227,13 @@ class Trainer:
             if self.page:
                 self.page.write()
 
-    def evaluate(self, done: int) -> dict[str, float]:
-        """Figures of the weights after `done` steps; none where a signal came in between."""
+    def evaluate(self, done: int) -> dict[str, float] | None:
+        """Figures of the weights after `done` steps; None where a signal came in between."""
         if self.evaluation is None:
             return {}
         self.at(done - 1, "evaluate")
         beat = partial(self.heart.at, done - 1, "evaluate")
-        return self.evaluation.run(done, beat, self._stopping) or {}
+        return self.evaluation.run(done, beat, self._stopping)
 
     def _stopping(self) -> bool:
         return "stop" in self.flags.exchange(self.raised)
@@ -241,11 +247,23 @@ class Trainer:
         self.raised -= agreed - {"stop"}
         return agreed
 
+    def complete(self) -> bool:
+        """Do what an earlier start left undone that ended behind its last save: evaluate, and end.
+
+        False when a signal came in between.
+        """
+        evaluated = self.evaluate(self.total)
+        if evaluated and self.process.first:
+            seen = {"samples_seen": self.total * self.recipe.global_batch, "epoch": self.order.epoch_of(self.total)}
+            logged = [line for line in read_log(self.folder.path) if line["step"] == self.total]
+            self.log.step(self.total, seen | (logged[-1] if logged else {}) | evaluated)
+        self.finish(stopped=evaluated is None)
+        return evaluated is not None
+
     def finish(self, stopped: bool) -> None:
         """Wait for the last save; say how to go on if the run was stopped."""
-        self.writer.wait()
-        if self.process.world > 1:
-            dist.barrier()  # no rank leaves before the checkpoint is whole
+        self.writer.wait(self._beat)
+        self.flags.meet(self._beat)  # no rank leaves before the checkpoint is whole
         self.log_save()
         self.saved_and_stopped = stopped
         self.log.event("stop" if stopped else "end")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,12 @@ if TYPE_CHECKING:
 class PoisonOptions(ClipOptions):
     sample: int
     """Place of the sample in its source."""
-    epoch: int = 0
+    epoch: int | None = 0
+    """null: every one."""
+    alone: bool = False
+    """Only the loss, on that rank, is NaN; no gradient is."""
+    while_there: Path | None = None
+    """Only as long as there is such a file."""
 
 
 class Poison(Clip):
@@ -26,8 +32,13 @@ class Poison(Clip):
 
     def loss(self, features: Features, batch: Batch, group: Group) -> Loss:
         loss = super().loss(features, batch, group)
-        bad = ((batch.ids == self.options.sample) & (batch.epoch == self.options.epoch)).any()
-        loss.value = loss.value * torch.where(bad, torch.nan, 1.0)
+        bad = batch.ids == self.options.sample
+        if self.options.epoch is not None:
+            bad &= batch.epoch == self.options.epoch
+        if self.options.while_there is not None:
+            bad &= self.options.while_there.exists()
+        nan = torch.where(bad.any(), torch.nan, 1.0)
+        loss.value = loss.value + (nan - 1.0) if self.options.alone else loss.value * nan
         return loss
 
 

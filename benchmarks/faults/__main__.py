@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import report
-from benchmarks.faults.settings import BACKENDS, KINDS, plan
+from benchmarks.faults.settings import KINDS, plan
+from pretrain.backend_names import BACKENDS
 
 
 def main() -> int:

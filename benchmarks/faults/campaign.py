@@ -88,7 +88,7 @@ class Campaign:
         if plan.poisoned:
             faults |= {"nan": plan.kind.removeprefix("nan-")}
             options = {"sample": self._sample_at(plan), "while_there": str(output.with_suffix(".poison"))}
-            changes["objectives"] = {"benchmarks.faults.poison": options}
+            changes["objectives"] = {"tests.poison": options}
         return settings.recipe(plan, output, self.shards, faults=faults, **changes)
 
     def _sample_at(self, plan: Plan) -> int:
@@ -102,7 +102,7 @@ class Campaign:
         changes: dict[str, Any] = {}
         if plan.poisoned:
             options = {"sample": 0, "while_there": str(self.work / "never")}
-            changes["objectives"] = {"benchmarks.faults.poison": options}
+            changes["objectives"] = {"tests.poison": options}
         return _finished(Run(settings.recipe(plan, self.work / "undisturbed" / name, self.shards, **changes)))
 
     def _as_stated(self, plan: Plan, run: Run) -> Checkpoint:

@@ -7,27 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pretrain.backend_names import BACKENDS
 from pretrain.recipe import Recipe
+from tests.tiny import RESNET, VIT
 
 STEPS, SAVE_EVERY, BATCH = 24, 3, 12
 SAMPLES = 480
 HANG_S = 6.0
-BACKENDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 KINDS = ("kill", "preempt", "disk", "damage", "nan-raise", "nan-skip", "nan-rewind", "reader", "hang")
 Tower = Literal["vit", "resnet"]
 
-TOWER = {
-    "image": "vit_tiny_patch16_224",
-    "image_size": 16,
-    "image_kwargs": {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 8},
-    "text": {"width": 16, "layers": 2, "heads": 2, "context": 12},
-    "embed_dim": 8,
-}
-TOWERS: dict[Tower, dict[str, Any]] = {
-    "vit": TOWER,
-    "resnet": TOWER | {"image": "test_resnet", "image_size": 32, "image_kwargs": {"drop_rate": 0.2}},
-}
-"""Without BatchNorm; with it, and with dropout."""
+TOWERS: dict[Tower, dict[str, Any]] = {"vit": VIT, "resnet": RESNET}
 
 
 @dataclass(frozen=True)

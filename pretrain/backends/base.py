@@ -31,11 +31,12 @@ class Backend(ABC):
     """The trunk, its optimizer, and how gradients of all ranks become one.
 
     Every method is called by all ranks together. `trunk` is what was given, wherever its parameters lie now; `teacher`
-    and `ema` are copies that lie as the trunk does.
+    and `ema` are copies that lie as the trunk does. A backend that spreads weights takes them over where they were
+    built, in host memory, so that the device never holds them all whole.
     """
 
     def __init__(self, trunk: Trunk, recipe: Recipe, process: Process, *, teacher: bool = False) -> None:
-        self.trunk = trunk.to(process.device)
+        self.trunk = trunk
         self.teacher = MomentumCopy(self.trunk) if teacher else None
         self.ema = MomentumCopy(self.trunk) if recipe.ema else None
         self.process, self.recipe = process, recipe
@@ -43,14 +44,15 @@ class Backend(ABC):
 
     # ---- features and gradients
 
-    def forward(self, inputs: Inputs) -> dict[FeatureRequest, Tensor]:
-        """Features in fp32, with the graph unless gradients are off or they are the momentum teacher's."""
+    def forward(self, inputs: Inputs, of: Which = "model") -> dict[FeatureRequest, Tensor]:
+        """Features in fp32: of the momentum teacher where a request says so, of these weights else; with the graph
+        unless gradients are off or they are a copy's."""
         with self.autocast():
             features: dict[FeatureRequest, Tensor] = {}
             for taught in (False, True):
                 asked = {r: x for r, x in inputs.items() if r.teacher == taught}
                 if asked:
-                    features |= self._module(taught)(asked)
+                    features |= self._module("teacher" if taught else of)(asked)
         return {request: at_least_fp32(features[request]) for request in inputs}
 
     def autocast(self) -> AbstractContextManager:
@@ -133,9 +135,11 @@ class Backend(ABC):
             kept["ema"] = self.ema.copy
         return kept
 
-    def _module(self, teacher: bool) -> nn.Module:
-        if not teacher:
+    def _module(self, of: Which) -> nn.Module:
+        if of == "model":
             return self.wrapped
-        if self.teacher is None:
+        copy = self.teacher if of == "teacher" else self.ema
+        if copy is None and of == "teacher":
             raise UserError("an objective reads the momentum teacher, but none says how fast it follows")
-        return self.teacher
+        assert copy is not None
+        return copy

@@ -30,7 +30,7 @@ class DDP(Backend):
     """See `pretrain.backends.base.Backend`."""
 
     def __init__(self, trunk: Trunk, recipe: Recipe, process: Process, *, teacher: bool = False) -> None:
-        super().__init__(trunk, recipe, process, teacher=teacher)
+        super().__init__(trunk.to(process.device), recipe, process, teacher=teacher)
         self._optimizer = build_optimizer(dict(trunk.named_parameters()), recipe.optimizer)
         self._wrapped: nn.Module = _wrap(self.trunk, process.device) if process.world > 1 else self.trunk
 

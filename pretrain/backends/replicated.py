@@ -49,21 +49,26 @@ class Replicated:
         named = self._module.named_parameters()
         return {f"objective.{n}": p.grad.detach().cpu().clone() for n, p in named if p.grad is not None}
 
-    def reduce(self) -> None:
-        """Mean of the gradients over the ranks, in one flat collective."""
+    def reduce(self, loss: Tensor) -> Tensor:
+        """Mean of the gradients over the ranks, in one flat collective; it takes `loss` along, whose mean is returned.
+
+        A loss that is not finite on one rank alone is so on all of them from here on.
+        """
         parameters = self.parameters()
         # a parameter that was not used still takes part: collectives run on all ranks, and one rank is no exception
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        if self._process.world == 1 or not parameters:
-            return
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in gradients])
+        if self._process.world == 1:
+            return loss
+        gradients = [p.grad.flatten() for p in parameters if p.grad is not None]
+        flat = torch.cat([*gradients, loss.float().reshape(1)])
         dist.all_reduce(flat)
         flat /= self._process.world
-        for p, piece in zip(parameters, flat.split([p.numel() for p in parameters])):
+        *pieces, mean = flat.split([*(p.numel() for p in parameters), 1])
+        for p, piece in zip(parameters, pieces):
             p.grad = piece.view_as(p)
+        return mean.squeeze(0)
 
     def step(self, rates: Rates) -> None:
         """One optimizer step at `rates`, then gradients are cleared."""

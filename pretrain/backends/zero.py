@@ -45,7 +45,8 @@ class Zero(Backend):
     """See `pretrain.backends.base.Backend`."""
 
     def __init__(self, trunk: Trunk, recipe: Recipe, process: Process, *, teacher: bool = False) -> None:
-        super().__init__(trunk, recipe, process, teacher=teacher)
+        stage_3 = recipe.backend == "zero3"  # DeepSpeed moves what it partitions, one engine after the other
+        super().__init__(trunk if stage_3 else trunk.to(process.device), recipe, process, teacher=teacher)
         deepspeed = _deepspeed(recipe, process)
         for p in (p for trunk in self.weights().values() for p in trunk.parameters()):
             # partitions are row-major, whatever layout a tower likes
@@ -223,11 +224,11 @@ def _deepspeed(recipe: Recipe, process: Process) -> Any:
     """The package, its process group there and its talk off."""
     if process.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ.setdefault("LOCAL_RANK", str(process.local_rank))
     try:
         import deepspeed
     except ImportError:
         raise UserError(f"backend {recipe.backend} needs DeepSpeed: pip install 'polyview[deepspeed]'") from None
+    os.environ.setdefault("LOCAL_RANK", str(process.local_rank))  # where no `process_group` has
     deepspeed.utils.logger.setLevel(logging.ERROR)  # its warnings are of what we chose
     # a C++ collective for inference, compiled for minutes at first use
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -12,13 +12,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 
 from pretrain.backend_names import BACKENDS
 from pretrain.certify.cells import Cell
 from pretrain.certify.peers import Peer
-from pretrain.certify.reference import reference
+from pretrain.certify.reference import references
 from pretrain.certify.shrink import ROWS, shrink, steady
 from pretrain.certify.table import Certificate
 from pretrain.errors import UserError
@@ -51,7 +50,7 @@ def certify(
         if ROWS % (world * max(accumulations)):
             raise UserError(f"--worlds {world}: {ROWS} rows do not divide into {world} x {max(accumulations)} parts")
     small, notes = (steady if full else shrink)(recipe)
-    expected = {drawn: reference(small, drawn) for drawn in (torch.float32, torch.float64)}
+    expected, source = references(small, worlds, accumulations)
     cells: list[Cell] = []
     peers: list[Peer] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -59,8 +58,8 @@ def certify(
         (folder / "recipe.yaml").write_text(dump_recipe(small))
         asked = {"worlds": worlds, "backends": backends, "accumulations": accumulations}
         (folder / "asked.json").write_text(json.dumps(asked))
-        for drawn, found in expected.items():
-            save_file({n: g.contiguous() for n, g in found.gradients.items()}, folder / f"{drawn}.safetensors")
+        for name, gradients in expected.items():
+            save_file({n: g.contiguous() for n, g in gradients.items()}, folder / f"{name}.safetensors")
         log.info(f"{recipe.name}: worlds {', '.join(map(str, worlds))}")
         _run_worlds(folder)
         for world in worlds:
@@ -72,7 +71,7 @@ def certify(
         "seed": recipe.seed,
         "versions": versions(),
         "made small": notes,
-        "reference": f"held against {expected[torch.float32].source}",
+        "reference": f"held against {source}",
     }
     return Certificate(recipe.name, about, cells, peers)
 

@@ -52,16 +52,19 @@ class Certificate:
 
     def _notes(self) -> list[str]:
         failed = [c for c in self.cells if c.verdict == "FAIL"]
-        lines = [
-            f"FAIL {c.backend}, world {c.world}, accumulation {c.accumulation}: {c.parameter or c.note}" for c in failed
-        ]
+        lines = [f"FAIL {c.backend}, world {c.world}, accumulation {c.accumulation}: {_why(c)}" for c in failed]
         lines += [f"{c.backend} is refused, as in training: {c.note}" for c in self.cells if c.verdict == "refused"]
-        if any(c.verdict == "PASS" and c.figure64 is not None for c in self.cells):
+        if any(c.verdict != "FAIL" and c.figure64 is not None for c in self.cells):
             lines.append(
-                "a second figure is the same backend's in float64: the first is fp32's rounding in these towers"
+                "a second figure is the same backend's in float64 (zero1-3 reduce in fp32 also then): the first is "
+                "fp32's rounding in these towers"
             )
         if any(c.verdict == "approx" for c in self.cells):
-            lines.append("approx: BatchNorm of a tower sees a part of the batch at a time, by the recipe's choice")
+            lines.append(
+                "approx: BatchNorm of a tower sees a part of the batch at a time, by the recipe's choice: held to the "
+                "same bar, against float64 normalised in the same parts; in brackets how far it is from the gradient "
+                "of the whole batch"
+            )
         return ["", *dict.fromkeys(lines)] if lines else []
 
     def _beside(self, worlds: Sequence[int]) -> list[str]:
@@ -75,7 +78,14 @@ class Certificate:
 
 def _shown(c: Cell) -> str:
     figures = [f"{figure:.1e}" for figure in (c.figure, c.figure64) if figure is not None]
-    return " ".join([*figures, c.verdict])
+    return " ".join([*figures, c.verdict, *([f"({c.away:.0e})"] if c.away is not None else [])])
+
+
+def _why(c: Cell) -> str:
+    if c.figure is None:
+        return c.note
+    in_float64 = f", in float64 {c.parameter64} {c.figure64:.1e}" if c.figure64 is not None else ""
+    return f"{c.parameter} {c.figure:.1e} off{in_float64}"
 
 
 def _beside(peer: Peer) -> str:

@@ -37,7 +37,7 @@ def one_rank(folder: Path) -> None:
     if world > 1:
         dist.init_process_group("gloo", rank=rank, world_size=world)
     recipe, asked = load_recipe(folder / "recipe.yaml"), json.loads((folder / "asked.json").read_text())
-    expected = {d: load_file(folder / f"{d}.safetensors") for d in (torch.float32, torch.float64)}
+    expected = {file.stem: load_file(file) for file in folder.glob("*.safetensors")}
     cells = certify_world(process, recipe, expected, asked["backends"], asked["accumulations"])
     peers = peers_at(process, list(recipe.objectives)) if world > 1 else []
     if process.first:

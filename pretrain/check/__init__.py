@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from pretrain.check import data, fit, memory, plan, sharding
@@ -59,7 +60,9 @@ def check(
 
     samples: an epoch's, where the shards are not here. images_per_s: of the whole job. gpu_bytes: of one GPU.
     """
-    report = Report({"recipe": plan.essentials(recipe, world)})
+    report = Report()
+    recipe = _split(report, recipe, world, gpu_bytes)
+    report.sections["recipe"] = plan.essentials(recipe, world)
     held = data.look(recipe)
     report.sections["data"] = [h.facts() for h in held]
     for line in plan.problems(recipe, world):
@@ -84,6 +87,15 @@ def check(
     if modules is not None:
         _modules(report, recipe, modules, held=held, steps=steps, world=world, gpu_bytes=gpu_bytes)
     return report
+
+
+def _split(report: Report, recipe: Recipe, world: int, gpu_bytes: int | None) -> Recipe:
+    """With the accumulation that its `local_batch`, which it keeps, comes to."""
+    if recipe.local_batch == "auto" and not gpu_bytes:
+        report.notes.append("local_batch: auto is looked at as if all fitted at once; --gpu-memory says what does")
+        return recipe
+    tried = report.refused(lambda: fit.resolve_local_batch(recipe, world, torch.device("cuda"), gpu_bytes))
+    return recipe.model_copy(update={"accumulation": tried.accumulation}) if tried else recipe
 
 
 def _samples(recipe: Recipe, held: list[data.Held], report: Report) -> int | None:
@@ -126,7 +138,7 @@ def _memory(
     report.sections["memory of a rank"] = {"caption_tokens": modules.tokens} | room
     if world > 1:
         report.sections["memory of a rank by backend"] = fit.by_backend(recipe, modules, world)
-    if gpu_bytes and room["total_bytes"] > fit.RESERVE * gpu_bytes:
+    if gpu_bytes and recipe.local_batch != "auto" and room["total_bytes"] > fit.RESERVE * gpu_bytes:
         report.problem(fit.advice(recipe, modules, gpu_bytes, world))
     alone = recipe.model_copy(update={"backend": "ddp"})  # whole, as in a checkpoint
     state = sharding.state(alone, modules.trunk, modules.joint, modules.teacher, world=1)

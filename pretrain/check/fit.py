@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pretrain.backend_names import BACKENDS
 from pretrain.backends import check_combination
 from pretrain.check import data, memory, sharding
 from pretrain.check.memory import Modules
@@ -23,11 +24,11 @@ RESERVE = 0.9
 GIB = 2**30
 
 
-def resolve_local_batch(recipe: Recipe, world: int, device: torch.device) -> Recipe:
+def resolve_local_batch(recipe: Recipe, world: int, device: torch.device, there: int | None = None) -> Recipe:
     """The recipe with `accumulation` in place of `local_batch`; as it is where it gives none.
 
-    auto: the smallest accumulation whose estimate fits the memory of this rank's device. Ranks with other memory would
-    choose another, so one of them is asked.
+    auto: the smallest accumulation whose estimate fits the memory of this rank's device, or `there` bytes. Ranks with
+    other memory would choose another, so one of them is asked.
 
     Raises:
         UserError: a local batch that does not divide a rank's share; nothing fits; both keys are given.
@@ -41,7 +42,7 @@ def resolve_local_batch(recipe: Recipe, world: int, device: torch.device) -> Rec
     except ValueError as error:
         raise UserError(str(error)) from None
     if recipe.local_batch == "auto":
-        accumulation = _fitting(recipe, world, device)
+        accumulation = _fitting(recipe, world, device, there or memory_of(device, world))
     else:
         accumulation = _dividing(recipe.global_batch // world, recipe.local_batch)
     return recipe.model_copy(update={"accumulation": accumulation, "local_batch": None})
@@ -57,11 +58,10 @@ def _dividing(share: int, wanted: int) -> int:
     )
 
 
-def _fitting(recipe: Recipe, world: int, device: torch.device) -> int:
+def _fitting(recipe: Recipe, world: int, device: torch.device, there: int) -> int:
     modules = memory.build(recipe, recipe.global_batch, world)
     modules.tokens = data.caption_tokens(recipe, data.look(recipe))
     host = device.type == "cpu"
-    there = memory_of(device, world)
     accumulation = smallest_accumulation(recipe, modules, RESERVE * there, world, host=host)
     if accumulation is None:
         raise UserError(f"local_batch auto: {advice(recipe, modules, there, world, host=host)}")
@@ -109,8 +109,15 @@ def advice(recipe: Recipe, modules: Modules, device_bytes: int, world: int, *, h
     for changes, tried in ways(recipe, world):
         k = smallest_accumulation(tried, modules, RESERVE * device_bytes, world, host=host)
         if k:
-            return f"{said}: {' '.join([*changes, f'accumulation={k}'])} would fit"
+            return f"{said}: {' '.join([*changes, split(recipe, world, k)])} would fit"
     return f"{said}; no accumulation, precision or backend makes it fit: more ranks, or a smaller model"
+
+
+def split(recipe: Recipe, world: int, accumulation: int) -> str:
+    """The override that takes the batch in so many parts, by the key that the recipe has: it may give one of them."""
+    if recipe.local_batch is not None:
+        return f"local_batch={recipe.global_batch // (world * accumulation)}"
+    return f"accumulation={accumulation}"
 
 
 def ways(recipe: Recipe, world: int) -> Iterator[tuple[list[str], Recipe]]:
@@ -139,7 +146,7 @@ def by_backend(recipe: Recipe, modules: Modules, world: int) -> dict[str, dict[s
 
 
 def _backends(recipe: Recipe) -> Iterator[Recipe]:
-    for backend in sharding.BACKENDS:
+    for backend in sorted(BACKENDS, key=lambda name: sum(name in spread for spread in sharding.SPREAD.values())):
         tried = recipe.model_copy(update={"backend": backend})
         try:
             check_combination(tried)

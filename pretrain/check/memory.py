@@ -23,7 +23,7 @@ from pretrain.models.trunk import Trunk
 from pretrain.objectives.base import Features
 from pretrain.objectives.joint import Joint
 from pretrain.parts import build_modules
-from pretrain.probe import ROWS, AsOnGpu, probe_inputs, run_probe
+from pretrain.probe import ROWS, AsOnGpu, freeze_unreached, probe_inputs, run_probe
 from pretrain.reader import Batch
 from pretrain.recipe import Recipe
 
@@ -125,6 +125,8 @@ def build(recipe: Recipe, samples: int, world: int) -> Modules:
     joint.image_views(recipe.model.image_size)
     joint.text_views()
     joint.region_views()
+    context = recipe.model.text.context if recipe.model.text else 0
+    freeze_unreached(trunk, probe_inputs(joint, recipe, context))
     return Modules(trunk, joint, teacher)
 
 
@@ -196,7 +198,8 @@ def heads(trunk: Trunk, joint: Joint) -> int | None:
 
 
 def rank(recipe: Recipe, modules: Modules, *, world: int, host: bool = False) -> dict[str, Any]:
-    """What a rank's GPU holds when a micro-batch's backward begins, in bytes by kind, and in all.
+    """What a rank's GPU holds when a micro-batch's backward begins, in bytes by kind, and in all; or at the start,
+    where that is more.
 
     host: the towers run in host memory, so nothing can be offloaded to it.
     """
@@ -215,7 +218,8 @@ def rank(recipe: Recipe, modules: Modules, *, world: int, host: bool = False) ->
     found["heads_bytes"] = round((own or 0) * local)
     found["activations_bytes"] = round((cost["checkpointed"] if again else cost["activations"]) * micro)
     found["one_block_again_bytes"] = round(cost["largest_block"] * micro) if again else 0
-    return {**{name: n for name, n in found.items() if n}, "total_bytes": sum(found.values())}
+    total = max(sum(found.values()), sharding.at_start(recipe, modules.trunk))
+    return {**{name: n for name, n in found.items() if n}, "total_bytes": total}
 
 
 def _features(trunk: Trunk, joint: Joint, local: float, everyone: float) -> float:

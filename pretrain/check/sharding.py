@@ -1,7 +1,7 @@
 """What of a run's state lies on one rank from step to step, backend by backend.
 
 Where weights are spread, blocks are made whole while they run: counted are what is in no block, the largest block
-twice (the next one is fetched meanwhile), and its gradient once.
+twice (the next one is fetched meanwhile), and its gradient once. With `reshard_after_forward: false` all blocks are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pretrain.objectives.joint import Joint
 from pretrain.optim.build import muon_pieces
 from pretrain.recipe import OptimizerRecipe, Recipe
 
-BACKENDS = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 SPREAD = {
     "weights": ("zero3", "fsdp2"),
     "gradients": ("zero2", "zero3", "fsdp2"),
@@ -58,7 +57,7 @@ def state(
         "ema": copy if recipe.ema else 0,
         "optimizer": part("optimizer", slots(optimizer, trained)) + slots(optimizer, own),
         "gradients": gradients + size(own.values()),
-        "gathered": _gathered(trunk) if backend in SPREAD["weights"] and ranks > 1 else 0,
+        "gathered": _gathered(trunk, recipe) if backend in SPREAD["weights"] and ranks > 1 else 0,
         "bucket": min(4 * BUCKET, size(trained.values())) if backend.startswith("zero") else 0,
     }
 
@@ -68,10 +67,17 @@ def _offloaded(recipe: Recipe, backend: str, kind: str) -> bool:
     return recipe.sharding.offload and (kind == "optimizer" or backend in SPREAD["weights"])
 
 
-def _gathered(trunk: Trunk) -> int:
+def at_start(recipe: Recipe, trunk: Trunk) -> int:
+    """Bytes on a GPU before the weights are spread: DeepSpeed takes one trunk after the other whole, fsdp2 a block."""
+    return size(trunk.parameters()) if recipe.backend == "zero3" else 0
+
+
+def _gathered(trunk: Trunk, recipe: Recipe) -> int:
     """Bytes of whole weights, and of a whole gradient, at one time."""
     blocks = [size(block.parameters()) for block in all_units(trunk)]
     largest = max(blocks, default=0)
+    if not recipe.sharding.reshard_after_forward:
+        return size(trunk.parameters()) + largest
     return size(trunk.parameters()) - sum(blocks) + 3 * largest
 
 

@@ -1,6 +1,7 @@
 """Checkpoints that any number of ranks write while training goes on, and any other number reads."""
 
 from pretrain.checkpoint.agree import newest_whole
+from pretrain.checkpoint.claim import claim, owners
 from pretrain.checkpoint.errors import CheckpointDiskError, CheckpointError
 from pretrain.checkpoint.find import find_checkpoint, find_latest, open_checkpoint
 from pretrain.checkpoint.fragments import Fragment, slice_for_rank
@@ -17,12 +18,14 @@ __all__ = [
     "Fragment",
     "Store",
     "Where",
+    "claim",
     "find_checkpoint",
     "find_latest",
     "new_attempt",
     "newest_whole",
     "open_checkpoint",
     "open_store",
+    "owners",
     "slice_for_rank",
     "step_dir",
 ]

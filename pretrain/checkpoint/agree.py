@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from pretrain.checkpoint.errors import CheckpointError, CheckpointTornError
-from pretrain.checkpoint.find import open_checkpoint
+from pretrain.checkpoint.errors import CheckpointError, CheckpointTornError, CheckpointUnreadableError
 from pretrain.checkpoint.layout import step_dirs
 from pretrain.checkpoint.reader import Checkpoint
-from pretrain.checkpoint.store import Where
+from pretrain.checkpoint.store import Where, open_store
 from pretrain.distributed.groups import Group, resolve
 
 log = logging.getLogger(__name__)
@@ -28,6 +27,8 @@ class _Seen(NamedTuple):
     fault: str | None
     torn: bool = False
     """Its save never ended: nothing that was ever whole has been lost."""
+    unreadable: bool = False
+    """It may be whole: the place does not answer this rank."""
 
 
 def newest_whole(root: Where, *others: Where, group: Group = None) -> Checkpoint | None:
@@ -38,13 +39,15 @@ def newest_whole(root: Where, *others: Where, group: Group = None) -> Checkpoint
     before.
 
     Raises:
-        CheckpointError: a place cannot be listed, or checkpoints were saved and not one of them is whole: beginning
-            anew beside them, and in the end over them, is for a person to decide.
+        CheckpointUnreadableError: a place cannot be listed, or one of its files cannot be read: what it holds may be
+            whole, and going on from an older one would lose work.
+        CheckpointError: checkpoints were saved and not one of them is whole: beginning anew beside them, and in the end
+            over them, is for a person to decide.
     """
     _, rank, world = resolve(group)
     listed = _gather(_list(root, *others) if rank == 0 else None, group)[0]
-    if isinstance(listed, str):
-        raise CheckpointError(listed)
+    if isinstance(listed, CheckpointError):
+        raise listed
     damaged = []
     for folder in listed:
         checkpoint, mine = _look(folder, rank, world)
@@ -52,6 +55,8 @@ def newest_whole(root: Where, *others: Where, group: Group = None) -> Checkpoint
         fault = _fault(seen)
         if fault is None:
             return checkpoint
+        if away := {rank: s.fault for rank, s in enumerate(seen) if s.unreadable}:
+            raise CheckpointUnreadableError(f"{next(iter(away.values()))} (seen by ranks {', '.join(map(str, away))})")
         if rank == 0:
             log.warning("checkpoint passed over: %s", fault)
         if not all(s.torn for s in seen):
@@ -65,24 +70,28 @@ def newest_whole(root: Where, *others: Where, group: Group = None) -> Checkpoint
     return None
 
 
-def _list(*roots: Where) -> list[str] | str:
+def _list(*roots: Where) -> list[str] | CheckpointError:
     """Step folders of all `roots`, newest first; or what is wrong."""
     try:
         found = [which for root in dict.fromkeys(map(str, roots)) for which in step_dirs(root).items()]
     except CheckpointError as error:
-        return str(error)
+        return error
     return [str(folder) for _, folder in sorted(found, key=lambda f: f[0], reverse=True)]
 
 
 def _look(folder: str, rank: int, world: int) -> tuple[Checkpoint | None, _Seen]:
     try:
-        checkpoint = open_checkpoint(folder)
+        checkpoint = Checkpoint(open_store(folder))
         checkpoint.verify(rank, world)
         return checkpoint, _Seen(checkpoint.attempt, None)
     except CheckpointTornError as error:
         return None, _Seen(None, str(error), torn=True)
-    except Exception as error:  # whatever it is, the others wait to hear of it
-        return None, _Seen(None, str(error) if isinstance(error, CheckpointError) else f"{folder}: {error!r}")
+    except CheckpointUnreadableError as error:
+        return None, _Seen(None, str(error), unreadable=True)
+    except CheckpointError as error:
+        return None, _Seen(None, str(error))
+    except Exception as error:  # whatever it is, the others wait to hear of it; the bytes are not to blame
+        return None, _Seen(None, f"{folder}: {error!r}", unreadable=True)
 
 
 def _fault(seen: list[_Seen]) -> str | None:

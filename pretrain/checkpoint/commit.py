@@ -13,7 +13,7 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any
 
-from pretrain.checkpoint.errors import CheckpointError, CheckpointTornError
+from pretrain.checkpoint.errors import CheckpointError, CheckpointTornError, CheckpointUncertainError
 from pretrain.checkpoint.layout import MANIFEST, attempt_of, manifest_draft, part_name, step_dir, step_dirs
 from pretrain.checkpoint.manifest import (
     Manifest,
@@ -29,25 +29,45 @@ from pretrain.checkpoint.store import Store
 log = logging.getLogger(__name__)
 
 
-def commit(root: Store, step: int, attempt: str, world: int, meta: dict[str, Any], timeout_s: float) -> None:
+def commit(
+    root: Store, step: int, attempt: str, world: int, meta: dict[str, Any], timeout_s: float, run: str | None = None
+) -> None:
     """Wait for every rank's part of `step`, check them together and write the manifest.
 
     Raises CheckpointError when a rank reports that it failed, when parts do not come within `timeout_s`
     seconds (naming the ranks), when the parts are not every tensor exactly once, or when a data file is not
-    of its size.
+    of its size; CheckpointUncertainError when nobody can tell whether the manifest is there.
     """
     folder = step_dir(root, step)
     parts = [_read_part(folder, attempt, rank) for rank in _arrivals(folder, attempt, world, timeout_s)]
     files = {name: size for part in parts for name, size in part["files"].items()}
     tensors = merge((decode_tensors(part["tensors"]) for part in parts), folder)
-    manifest = Manifest(step, attempt, world, files, tensors, meta)
-    check_files(folder, manifest)
+    manifest = Manifest(step, attempt, world, files, tensors, meta, run)
+    check_files(folder, files)
     replaced = _replaced_files(folder)
     folder.settle()
-    folder.write(MANIFEST, [encode_manifest(manifest)], draft=manifest_draft(attempt) + ".tmp")
+    _put(folder, manifest)
     folder.settle()
     folder.remove([part_name(attempt, rank) for rank in range(world)])
     folder.remove(replaced - files.keys())
+
+
+def _put(folder: Store, manifest: Manifest) -> None:
+    """Write the manifest; where the place reports an error, only what is then read there tells whether it has it."""
+    try:
+        folder.write(MANIFEST, [encode_manifest(manifest)], draft=manifest_draft(manifest.attempt) + ".tmp")
+    except OSError as error:
+        try:
+            if read_manifest(folder).attempt == manifest.attempt:
+                return
+        except CheckpointTornError:
+            pass
+        except CheckpointError as unknown:
+            raise CheckpointUncertainError(
+                f"{folder}: whether its manifest has arrived is not known ({error.strerror}; then {unknown}). Its data "
+                f"stay until a later save"
+            ) from error
+        raise
 
 
 def _arrivals(folder: Store, attempt: str, world: int, timeout_s: float) -> range:
@@ -87,29 +107,36 @@ def _replaced_files(folder: Store) -> set[str]:
     return set()
 
 
-def purge(root: Store, committed: int, keep_last: int | None, keep_every: int | None) -> None:
-    """Remove whole checkpoints up to step `committed`, but the last `keep_last` and each `keep_every`-th
+def purge(root: Store, committed: int, keep_last: int | None, keep_every: int | None, run: str | None = None) -> None:
+    """Remove whole checkpoints of `run` up to step `committed`, but the last `keep_last` and each `keep_every`-th
     step.
 
-    Only whole ones count as kept, so the last whole one is never removed. Damaged ones later than those kept
-    stay for a person to look at. Steps after `committed` are left alone.
+    Only whole ones count as kept, so the last whole one is never removed. Damaged ones later than those kept stay for
+    a person to look at, and so does what cannot be told to be of `run`. Steps after `committed` are left alone.
     """
     if keep_last is None:
         return
     folders = {step: folder for step, folder in step_dirs(root).items() if step <= committed}
     folders = {step: folder for step, folder in folders.items() if MANIFEST in folder.names()}
-    recent = list(islice((step for step, folder in folders.items() if _is_whole(folder)), keep_last))
+    recent = list(islice((step for step, folder in folders.items() if _is_whole(folder, run)), keep_last))
     for step, folder in folders.items():
-        if recent and step < recent[-1] and not (keep_every and step % keep_every == 0):
+        if recent and step < recent[-1] and not (keep_every and step % keep_every == 0) and _is_of(run, folder):
             _remove(folder)
 
 
-def _is_whole(folder: Store) -> bool:
+def _is_whole(folder: Store, run: str | None) -> bool:
     try:
-        Checkpoint(folder).check_files()
+        checkpoint = Checkpoint(folder)
+        checkpoint.check_files()
     except CheckpointError:
         return False
-    return True
+    return checkpoint.run == run
+
+
+def _is_of(run: str | None, folder: Store) -> bool:
+    with suppress(CheckpointError):
+        return read_manifest(folder).run == run
+    return False
 
 
 def _remove(folder: Store) -> None:

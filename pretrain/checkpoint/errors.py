@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pretrain.errors import UserError
+from pretrain.exit_codes import CRASHED
 
 
 class CheckpointError(UserError):
@@ -17,3 +18,13 @@ class CheckpointDiskError(CheckpointError, OSError):
 
 class CheckpointTornError(CheckpointError):
     """A step folder without a manifest: its save was interrupted, or is still going on."""
+
+
+class CheckpointUnreadableError(CheckpointError):
+    """A place that does not answer, or may not be read: whether what lies there is whole is not known."""
+
+    exit_code = CRASHED
+
+
+class CheckpointUncertainError(CheckpointError):
+    """A manifest was sent, and whether it has arrived cannot be told: its data must stay."""

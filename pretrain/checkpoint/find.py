@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from pretrain.checkpoint.errors import CheckpointError
+from pretrain.checkpoint.errors import CheckpointError, CheckpointUnreadableError
 from pretrain.checkpoint.layout import MANIFEST, step_dirs
+from pretrain.checkpoint.patience import patiently, unreadable
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.checkpoint.store import Store, Where, open_store
 
@@ -33,9 +34,9 @@ def find_checkpoint(where: Where) -> Checkpoint:
     """
     store = open_store(where)
     try:
-        names = store.names()
+        names = patiently(store.names)
     except OSError as e:
-        raise CheckpointError(f"{store}: cannot be looked into ({e.strerror})") from e
+        raise unreadable(f"{store}: the list of what it holds", e) from e
     if not names:
         raise CheckpointError(
             f"{store}: no such folder, or nothing in it; give a run folder, its checkpoints folder, or one step's"
@@ -70,7 +71,8 @@ def find_latest(root: Where, *, verify: bool = False, at_most: int | None = None
     """The whole checkpoint of the highest step under `root` (not above `at_most`), None when there is none.
 
     Torn and damaged ones are passed over with a warning: no manifest, an unreadable one, files missing or of
-    the wrong size; with `verify` also bytes that do not match their checksums (reads everything).
+    the wrong size; with `verify` also bytes that do not match their checksums (reads everything). One that cannot
+    be read now may be whole: CheckpointUnreadableError.
     """
     for step, folder in step_dirs(root).items():
         if at_most is not None and step > at_most:
@@ -80,6 +82,8 @@ def find_latest(root: Where, *, verify: bool = False, at_most: int | None = None
             if verify:
                 checkpoint.verify()
             return checkpoint
+        except CheckpointUnreadableError:
+            raise  # it may well be whole
         except CheckpointError as e:
             log.warning("checkpoint passed over: %s", e)
     return None

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from pretrain.checkpoint.errors import CheckpointError
+from pretrain.checkpoint.patience import patiently, unreadable
 from pretrain.checkpoint.store import Store, Where, open_store
 
 MANIFEST = "manifest.json"
@@ -52,9 +53,9 @@ def step_dirs(root: Where) -> dict[int, Store]:
     """The step folders under `root`, whole or not, newest first. Raises CheckpointError where it cannot be listed."""
     store = open_store(root)
     try:
-        matches = [match for name in store.folders() if (match := _STEP.fullmatch(name))]
+        matches = [match for name in patiently(store.folders) if (match := _STEP.fullmatch(name))]
     except OSError as e:
-        raise CheckpointError(f"{store}: its checkpoints cannot be listed ({e.strerror})") from e
+        raise unreadable(f"{store}: the list of its checkpoints", e) from e
     return {int(m[1]): store / m[0] for m in sorted(matches, key=lambda m: int(m[1]), reverse=True)}
 
 
@@ -109,14 +110,16 @@ def encode_header(ranges: dict[str, tuple[str, int, int, int]], labels: dict[str
 def read_header(folder: Store, file: str, size: int) -> tuple[dict[str, Placed], dict[str, str]]:
     """The ranges and labels of a data file of `size` bytes. Raises CheckpointError when the head is not readable."""
     try:
-        (length,) = struct.unpack("<Q", folder.read(file, 8))
+        (length,) = struct.unpack("<Q", patiently(folder.read, file, 8))
         if length > size - 8:
             raise ValueError(f"its header claims {length} bytes")
-        table = json.loads(folder.read(file, 8 + length)[8:])
+        table = json.loads(patiently(folder.read, file, 8 + length)[8:])
         labels = table.pop("__metadata__", {})
         base = 8 + length
         return {key: _placed(entry, base) for key, entry in table.items()}, labels
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as e:
+    except OSError as e:
+        raise unreadable(f"{folder / file}: its header", e) from e
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as e:
         raise CheckpointError(f"{folder / file}: not a readable safetensors file ({e}); use another checkpoint") from e
 
 

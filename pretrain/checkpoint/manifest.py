@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from pretrain.checkpoint.errors import CheckpointError, CheckpointTornError
 from pretrain.checkpoint.layout import DTYPES, MANIFEST
+from pretrain.checkpoint.patience import patiently, unreadable
 from pretrain.checkpoint.store import Store
 
 FORMAT = "polyview-checkpoint"
@@ -48,7 +49,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of a checkpoint but the bytes. `files` maps name -> size in bytes; `meta` is the run's own JSON."""
+    """All of a checkpoint but the bytes. `files` maps name -> size in bytes; `meta` is the run's own JSON; `run`: the
+    id of the run that wrote it, None where it has none.
+    """
 
     step: int
     attempt: str
@@ -56,6 +59,7 @@ class Manifest:
     files: Mapping[str, int]
     tensors: Mapping[str, Entry]
     meta: Mapping[str, Any]
+    run: str | None = None
 
 
 def seal(body: dict[str, Any]) -> bytes:
@@ -96,6 +100,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "step": manifest.step,
+            "run": manifest.run,
             "attempt": manifest.attempt,
             "world": manifest.world,
             "meta": dict(manifest.meta),
@@ -113,14 +118,14 @@ def read_manifest(folder: Store) -> Manifest:
     """
     where = folder / MANIFEST
     try:
-        data = folder.read(MANIFEST)
+        data = patiently(folder.read, MANIFEST)
     except FileNotFoundError as e:
         raise CheckpointTornError(
             f"{folder}: not a whole checkpoint (no {MANIFEST}: its save was interrupted or is still "
             f"going on); use another step"
         ) from e
     except OSError as e:
-        raise CheckpointError(f"{where}: cannot be read ({e.strerror})") from e
+        raise unreadable(f"{where}:", e) from e
     body = unseal(data, where)
     if body.get("format") != FORMAT or body.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
@@ -128,7 +133,8 @@ def read_manifest(folder: Store) -> Manifest:
             f"reads {FORMAT!r} version {FORMAT_VERSION}: use the polyview that wrote it"
         )
     tensors = decode_tensors(body["tensors"])
-    return Manifest(body["step"], body["attempt"], body["world"], body["files"], tensors, body["meta"])
+    step, attempt, world, run = body["step"], body["attempt"], body["world"], body.get("run")
+    return Manifest(step, attempt, world, body["files"], tensors, body["meta"], run)
 
 
 def merge(parts: Iterable[Mapping[str, Entry]], where: Store) -> dict[str, Entry]:

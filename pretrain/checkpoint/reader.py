@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from pretrain.checkpoint.errors import CheckpointError
 from pretrain.checkpoint.layout import DTYPES, Placed, range_key, read_header
-from pretrain.checkpoint.manifest import Entry, Manifest, Range, read_manifest
+from pretrain.checkpoint.manifest import Entry, Range, read_manifest
+from pretrain.checkpoint.patience import patiently, unreadable
 from pretrain.checkpoint.store import Store
 
 _CHECK = 16 << 20  # bytes read at a time by verify
@@ -26,7 +28,7 @@ _CHECK = 16 << 20  # bytes read at a time by verify
 
 class Checkpoint:
     """One whole checkpoint: `.path` (the step's folder), `.step`, `.meta` (the run's JSON), `.world` (ranks that wrote
-    it), `.attempt` (the start of the run that did), and its tensors.
+    it), `.run` (the id of the run that did), `.attempt` (which start of it), and its tensors.
     """
 
     def __init__(self, path: Store) -> None:
@@ -35,6 +37,7 @@ class Checkpoint:
         self.step = self._manifest.step
         self.world = self._manifest.world
         self.attempt = self._manifest.attempt
+        self.run = self._manifest.run
         self.meta: dict[str, Any] = dict(self._manifest.meta)
         self._header = lru_cache(maxsize=None)(self._read_header)
 
@@ -77,14 +80,15 @@ class Checkpoint:
 
     def check_files(self) -> None:
         """Raise CheckpointError unless every data file is there with its size; cheap."""
-        check_files(self.path, self._manifest)
+        check_files(self.path, self._manifest.files)
 
     def verify(self, rank: int = 0, world: int = 1) -> None:
-        """Sizes of all files, and headers and checksums of a `world`-th of the bytes; `world` ranks read them all.
+        """Sizes of a `world`-th of the files, headers and checksums of a `world`-th of the bytes; `world` ranks look at
+        them all.
 
         Raises CheckpointError at the first fault.
         """
-        self.check_files()
+        check_files(self.path, dict(islice(self._manifest.files.items(), rank, None, world)))
         for file, held in self._share(rank, world).items():
             placed = sorted(((self._place(*which), which) for which in held), key=lambda p: p[0].start)
             window = _Window(self.path, file, max(place.stop for place, _ in placed))
@@ -151,14 +155,14 @@ class Checkpoint:
         """Fill `out` with the bytes from element `skip` of range `r` on."""
         place = self._place(name, entry, r)
         try:
-            self.path.read_into(r.file, place.start + skip * DTYPES[entry.dtype].itemsize, out)
+            patiently(self.path.read_into, r.file, place.start + skip * DTYPES[entry.dtype].itemsize, out)
         except EOFError:
             raise self._damaged(name, r) from None
         except OSError as e:
             raise self._unreadable(name, r, e) from e
 
     def _unreadable(self, name: str, r: Range, error: OSError) -> CheckpointError:
-        return CheckpointError(f"{self.path / r.file}: tensor {name!r} cannot be read ({error.strerror})")
+        return unreadable(f"{self.path / r.file}: tensor {name!r}", error)
 
     def _damaged(self, name: str, r: Range) -> CheckpointError:
         return CheckpointError(
@@ -181,19 +185,19 @@ class _Window:
         while lo < hi:
             if not self._lo <= lo < self._hi:
                 self._lo, self._hi = lo, min(lo + len(self._buffer), self._stop)
-                self._folder.read_into(self._file, lo, self._buffer[: self._hi - lo])
+                patiently(self._folder.read_into, self._file, lo, self._buffer[: self._hi - lo])
             stop = min(hi, self._hi)
             yield self._buffer[lo - self._lo : stop - self._lo]
             lo = stop
 
 
-def check_files(folder: Store, manifest: Manifest) -> None:
-    """Raise CheckpointError, naming the file, unless all of a manifest's files have their sizes."""
+def check_files(folder: Store, files: Mapping[str, int]) -> None:
+    """Raise CheckpointError, naming the file, unless all of `files` are in `folder` with those sizes."""
     try:
-        sizes = folder.sizes(manifest.files)
+        sizes = patiently(folder.sizes, files)
     except OSError as e:
-        raise CheckpointError(f"{folder}: cannot be looked into ({e.strerror}); use another checkpoint") from e
-    for name, size in manifest.files.items():
+        raise unreadable(f"{folder}: the list of its files", e) from e
+    for name, size in files.items():
         found = sizes.get(name)
         if found is None:
             raise CheckpointError(f"{folder / name}: missing; use another checkpoint")

@@ -7,6 +7,7 @@ all, any range of one can be read, and names can be listed.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -15,8 +16,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from pretrain.checkpoint.durable import sync_folder, write_durably
-from pretrain.checkpoint.errors import CheckpointError
+from pretrain.checkpoint.errors import CheckpointDiskError, CheckpointError
+from pretrain.durable import fsync_folder, write_file
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(.*)")  # a Path of a URL has one slash left
 _NEARLY = re.compile(r"(s3a?|gs|gcs|az|abfss?|memory|hdfs)(:|//)")
@@ -124,7 +125,29 @@ class LocalStore(Store):
             os.close(fd)
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview], *, draft: str | None = None) -> None:
-        write_durably(self.path / name, chunks, draft=self.path / draft if draft else None)
+        views = [memoryview(c).cast("B") for c in chunks]
+        try:
+            self._write(name, views, draft or f"{name}.tmp")
+        except OSError as error:
+            raise self._refused(name, sum(map(len, views)), error) from error
+
+    def _write(self, name: str, views: list[memoryview], draft: str) -> None:
+        for _ in range(3):  # another rank may sweep the still empty folder away before the file is in it
+            self.path.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                return write_file(self.path / name, views, draft=self.path / draft)
+        raise FileNotFoundError(errno.ENOENT, "the folder keeps disappearing", str(self.path))
+
+    def _refused(self, name: str, needed: int, error: OSError) -> CheckpointDiskError:
+        free = "unknown"
+        with suppress(OSError):
+            free = f"{shutil.disk_usage(self.path).free:,}"
+        return CheckpointDiskError(
+            error.errno or 0,
+            f"checkpoint not saved: {error.strerror or error} (the file needs {needed:,} bytes, {free} are free). "
+            f"Earlier checkpoints are untouched; make room, or lower keep_last",
+            str(self.path / name),
+        )
 
     def remove(self, names: Iterable[str]) -> None:
         for name in names:
@@ -135,11 +158,17 @@ class LocalStore(Store):
         shutil.rmtree(self.path, ignore_errors=True)
 
     def settle(self) -> None:
-        sync_folder(self.path)
+        with suppress(OSError):  # not every file system can
+            fsync_folder(self.path)
 
     def drop_if_empty(self) -> None:
         with suppress(OSError):
             self.path.rmdir()
+
+
+def absolute(where: str) -> str:
+    """The same place by a name that holds in every working folder."""
+    return where if _URL.fullmatch(where) or _NEARLY.match(where) else os.path.abspath(where)
 
 
 def open_store(where: Where) -> Store:

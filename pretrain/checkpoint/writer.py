@@ -10,15 +10,16 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor
 
 from pretrain.checkpoint.commit import commit, purge, sweep_others, sweep_own
-from pretrain.checkpoint.errors import CheckpointError
+from pretrain.checkpoint.errors import CheckpointError, CheckpointUncertainError
 from pretrain.checkpoint.fragments import Fragment
 from pretrain.checkpoint.layout import (
     DTYPE_NAMES,
@@ -45,9 +46,10 @@ class CheckpointWriter:
 
     root: the run's `checkpoints` folder, seen by all ranks, or a URL; whether this rank may write there is tried at
     once, not after hours of training: CheckpointDiskError where it may not. attempt: a token unique to this start of
-    the run, the same on all ranks. keep_last: whole checkpoints kept (None: all); keep_every: steps divisible by it
-    are kept besides. timeout_s: how long rank 0's thread waits for the other ranks' parts. file_limit: bytes of data
-    a file, a multiple of 8.
+    the run, the same on all ranks. run: the run's id, noted in every manifest: only checkpoints with the same one are
+    ever removed. keep_last: whole checkpoints kept (None: all); keep_every: steps divisible by it are kept besides.
+    timeout_s: how long rank 0's thread waits for the other ranks' parts. file_limit: bytes of data a file, a multiple
+    of 8.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class CheckpointWriter:
         rank: int = 0,
         world: int = 1,
         attempt: str,
+        run: str | None = None,
         keep_last: int | None = 3,
         keep_every: int | None = None,
         timeout_s: float = 1800.0,
@@ -67,7 +70,7 @@ class CheckpointWriter:
         if not 0 <= rank < world:
             raise CheckpointError(f"rank {rank} is not one of a world of {world}")
         self.root, self.rank, self.world = open_store(root), rank, world
-        self.attempt = check_attempt(attempt)
+        self.attempt, self.run = check_attempt(attempt), run
         self.committed: int | None = None  # rank 0: the last step this writer committed
         self._keep, self._timeout_s, self._file_limit = (keep_last, keep_every), timeout_s, file_limit
         self._buffers = HostBuffers()
@@ -112,9 +115,16 @@ class CheckpointWriter:
         self._last_step = step
         self._start(lambda: self._write(step, files, filled, meta), f"step-{step}")
 
-    def wait(self) -> None:
-        """Until the save going on has been written (rank 0: committed). Raises the error it met, once."""
+    def wait(self, beat: Callable[[], None] = lambda: None) -> None:
+        """Until the save going on has been written (rank 0: committed). Raises the error it met, once.
+
+        beat: called every second meanwhile, for `timeout_s` at most: what takes longer has come to a standstill.
+        """
         if self._thread is not None:
+            deadline = time.monotonic() + self._timeout_s
+            while self._thread.is_alive() and time.monotonic() < deadline:
+                beat()
+                self._thread.join(1.0)
             self._thread.join()
             self._thread = None
         if self._error is not None:
@@ -145,9 +155,11 @@ class CheckpointWriter:
         try:
             self._write_part(step, files, filled)
             if self.rank == 0:
-                commit(self.root, step, self.attempt, self.world, meta, self._timeout_s)
+                commit(self.root, step, self.attempt, self.world, meta, self._timeout_s, self.run)
         except Exception as e:
-            self._give_up(step, len(files), e)
+            self._last_step = -1 if self.committed is None else self.committed
+            if not isinstance(e, CheckpointUncertainError):
+                self._give_up(step, len(files), e)
             if isinstance(e, OSError) and not isinstance(e, CheckpointError):
                 raise CheckpointError(f"{step_dir(self.root, step)}: not saved: {e.strerror or e}") from e
             raise
@@ -155,7 +167,7 @@ class CheckpointWriter:
             self.committed = step
             with _untidy():
                 sweep_own(self.root, self.attempt, step)
-                purge(self.root, step, *self._keep)
+                purge(self.root, step, *self._keep, self.run)
 
     def _write_part(self, step: int, files: list[list[Piece]], filled: list[Tensor]) -> None:
         """This rank's data files, then the part that lists them."""
@@ -180,7 +192,6 @@ class CheckpointWriter:
 
     def _give_up(self, step: int, files: int, error: Exception) -> None:
         """Free the room this rank's torn files take, and tell rank 0, if the place allows, not to wait."""
-        self._last_step = -1 if self.committed is None else self.committed
         folder, part = step_dir(self.root, step), part_name(self.attempt, self.rank)
         folder.remove([part, *(data_name(self.attempt, self.rank, i) for i in range(files))])
         if self.rank != 0:

@@ -1,8 +1,11 @@
-"""What torch, CUDA, NCCL and gloo say when a GPU, a link or another rank fails, as what a person can do about it."""
+"""What torch, CUDA, NCCL and gloo say when a GPU, a link or another rank fails, as what a person can do about it; and
+any other error of a rank, with its place."""
 
 from __future__ import annotations
 
 import platform
+import traceback
+from pathlib import Path
 from typing import NamedTuple
 
 from pretrain.errors import UserError
@@ -77,5 +80,18 @@ def explained(error: RuntimeError, rank: int, device: str) -> UserError | None:
             host = platform.node()
             told = failure.told.format(host=host, gpu=device.removeprefix("cuda:"))
             said = text.strip().splitlines()[0]
-            return UserError(f"rank {rank} on {host}: {told}. ({said})", exit_code=failure.exit_code)
+            return UserError(f"rank {rank} on {host}: {told}. ({said}{place(error)})", exit_code=failure.exit_code)
     return None
+
+
+def crashed(error: Exception, rank: int, *, whole: bool) -> UserError:
+    """`error` of `rank`, which nobody foresaw, as one line with its place; `whole`: the traceback below it."""
+    said = f"rank {rank} on {platform.node()}: {type(error).__name__}: {error}{place(error)}"
+    return UserError(said + f"\n{''.join(traceback.format_exception(error))}" * whole, exit_code=CRASHED)
+
+
+def place(error: Exception) -> str:
+    """Where `error` was raised, as ", file:line in function": the innermost line of ours or of a plug-in, if any."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in Path(frame.filename).parts]
+    return "".join(f", {f.filename}:{f.lineno} in {f.name}" for f in (own or frames)[-1:])

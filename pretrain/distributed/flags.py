@@ -6,6 +6,9 @@ before. So a signal that reaches one rank, or all at different moments, takes ef
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
@@ -29,6 +32,16 @@ class SharedFlags:
             work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         self._sent = (tensor, work)
         return agreed
+
+    def meet(self, beat: Callable[[], None]) -> None:
+        """Wait until all ranks are here, however long some of them take; `beat` is called all the while."""
+        if self._group is None:
+            return
+        work = dist.barrier(group=self._group, async_op=True)
+        while not work.is_completed():
+            beat()
+            time.sleep(0.01)
+        work.wait()
 
     def _receive(self) -> set[str]:
         if self._sent is None:

@@ -15,7 +15,7 @@ class OptimizerRecipe(Part):
 
     name: Literal["adamw", "sgd", "lars", "muon"] = "adamw"
     """lars: SGD with every tensor's gradient scaled to the tensor's length, as SwAV (apex's LARC, not clipped). muon:
-    torch's, for the matrices of the towers' blocks; AdamW for everything else, embeddings and projections too."""
+    for the matrices of the towers' blocks; AdamW for everything else, embeddings and projections too."""
     lr: float = Field(default=5e-4, gt=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.98)

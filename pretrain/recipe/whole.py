@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from pretrain.backend_names import BackendName
 from pretrain.recipe.base import Part
 from pretrain.recipe.data import DataRecipe
 from pretrain.recipe.model import ModelRecipe
@@ -37,7 +38,7 @@ class Recipe(Part):
     """Run folder: recipe, log, checkpoints. The same folder resumes."""
     world: int | None = Field(default=None, ge=1)
     """Ranks this recipe needs; another number is refused. `python -m pretrain` alone starts that many here."""
-    backend: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
+    backend: Literal["auto", BackendName] = "auto"
     """What is spread over the ranks. ddp: nothing; zero1: optimizer state; zero2: gradients too; zero3 and fsdp2:
     weights too. Any can go on from another's checkpoint. auto: what an accelerate config asks for, else ddp."""
     sharding: ShardingRecipe = ShardingRecipe()
@@ -82,6 +83,8 @@ class Recipe(Part):
             raise ValueError("give either steps or epochs")
         if self.world:
             check_split(self.global_batch, self.world, self.accumulation)
+        if self.evaluate and self.evaluate.weights == "ema" and self.ema is None:
+            raise ValueError("evaluate.weights: ema, but no average is kept: set ema: {}, or evaluate.weights: model")
         return self
 
     def total_steps(self, samples: int) -> int:

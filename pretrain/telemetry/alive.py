@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = "heartbeat"
-SILENT_S = 60.0
-"""Seconds without a sign of life after which a rank counts as gone; six times how often they give one."""
+SILENT = 4
+"""Times `faults.heartbeat_s` without a sign of life after which a rank counts as silent."""
+LEAST_S = 60.0
+"""Seconds that it may be silent at any rate, seen from elsewhere: a network file system shows signs that late."""
 
 
 def alive(folder: Path) -> bool:
@@ -35,7 +37,8 @@ def heartbeats(folder: Path) -> list[dict[str, Any]]:
 
 
 def _beating(beat: dict[str, Any]) -> bool:
-    if beat.get("phase") == "end" or time.time() - float(beat.get("time", 0)) > SILENT_S:
+    silent_s = max(LEAST_S, SILENT * float(beat.get("every_s", 0)))
+    if beat.get("phase") == "end" or time.time() - float(beat.get("time", 0)) > silent_s:
         return False
     return beat.get("host") != platform.node() or _is_process(beat.get("pid"))
 

@@ -1,7 +1,8 @@
 """A rank's signs of life: RUN/heartbeat/rank_00003.json says where it is, and a watchdog ends it when it stands still.
 
 What a thread of each rank writes every few seconds, whoever looks from outside reads: {"rank", "host", "pid",
-"local_rank", "device", "step", "phase", "since" (seconds since the loop was last heard of), "time" (of writing)}.
+"local_rank", "device", "step", "phase", "since" (seconds since the loop was last heard of), "time" (of writing),
+"every_s" (seconds between signs)}. The last phase is "end".
 """
 
 from __future__ import annotations
@@ -17,13 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pretrain.distributed.process import STARTING, Process
-from pretrain.telemetry.alive import FOLDER, heartbeats
+from pretrain.telemetry.alive import FOLDER, SILENT, heartbeats
 from pretrain.telemetry.watchdog import STDERR, Watchdog
 
 log = logging.getLogger(__name__)
-
-SILENT = 4
-"""Times the interval without a sign after which a rank counts as silent."""
 
 
 class _Place(NamedTuple):
@@ -72,9 +70,10 @@ class Heartbeat:
         self._place = _Place(step, phase, time.monotonic())
 
     def close(self) -> None:
-        """The last sign of life; the watchdog rests."""
+        """The last sign of life, at phase "end"; the watchdog rests."""
         if self._watchdog:
             self._watchdog.close()
+        self._place = _Place(self._place.step, "end", time.monotonic())
         self._closed.set()
         self._thread.join(self._every_s)
 
@@ -108,6 +107,7 @@ class Heartbeat:
             "phase": place.phase,
             "since": round(time.monotonic() - place.at, 3),
             "time": time.time(),
+            "every_s": self._every_s,
         }
         draft = file.with_name(f".{file.name}.tmp")
         try:

@@ -15,32 +15,52 @@ REQUEST = "PROFILE"
 FOLDER = "profile"
 MOST_STEPS = 100
 """A trace of more is too large to open."""
+OTHERS_S = 60.0
+"""Until all ranks have written what the first has."""
 
 
 def profile_run(folder: Path, steps: int, *, look_every_s: float = 0.5) -> Path:
     """Ask the run in `folder` for a profile of its next `steps` steps and wait for all ranks; the folder it is in.
 
     Raises:
-        UserError: no such run, it is not going on, it ended before the profile was whole, or another is being made.
+        UserError: no such run, it is not going on, it ended before the profile was whole, a rank could not make its
+            own, or another is being made.
     """
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} is not a run: it has no recipe.yaml")
     if not 1 <= steps <= MOST_STEPS:
         raise UserError(f"--steps {steps}: between 1 and {MOST_STEPS}")
-    _must_live(folder)
+    if not alive(folder):
+        raise UserError(f"{folder}: nobody trains there now, so there is nothing to profile; start the run first")
     if (folder / REQUEST).exists():
         raise UserError(f"{folder}: a profile is being made already; wait for it, or remove {folder / REQUEST}")
-    before, world = set(_made(folder)), _world(folder)
+    before = set(_made(folder))
     write_request(folder, steps)
     try:
-        while True:
-            for made in set(_made(folder)) - before:
-                if len(list(made.glob("rank_*.txt"))) >= world:
-                    return made
-            _must_live(folder)
-            time.sleep(look_every_s)
+        return _wait(folder, before, look_every_s)
     finally:
         (folder / REQUEST).unlink(missing_ok=True)
+
+
+def _wait(folder: Path, before: set[Path], look_every_s: float) -> Path:
+    served = time.monotonic()
+    while True:
+        alive_now = alive(folder)  # before the folder is looked at: what an ending run still wrote is seen
+        for made in set(_made(folder)) - before:
+            if failed := sorted(made.glob("rank_*.failed")):
+                raise UserError(f"{made}: not whole: {failed[0].read_text().strip()}; ask again")
+            if len(list(made.glob("rank_*.txt"))) >= _world(folder):
+                return made
+        if not alive_now:
+            raise UserError(f"{folder}: the run ended before its profile was whole; start it, and ask again")
+        if (folder / REQUEST).exists():
+            served = time.monotonic()
+        elif time.monotonic() - served > OTHERS_S:  # the first rank is done with it
+            raise UserError(
+                f"{folder}: not every rank has written its profile {OTHERS_S:.0f} s after the first: see the run's own "
+                f"messages, and what is in {folder / FOLDER}"
+            )
+        time.sleep(look_every_s)
 
 
 def write_request(folder: Path, steps: int) -> None:
@@ -57,11 +77,6 @@ def read_request(folder: Path) -> dict[str, Any] | None:
         return {"steps": min(max(1, int(request["steps"])), MOST_STEPS), "asked": float(request["asked"])}
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
-
-
-def _must_live(folder: Path) -> None:
-    if not alive(folder):
-        raise UserError(f"{folder}: nobody trains there now, so there is nothing to profile; start the run first")
 
 
 def _made(folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,7 @@ class ProfileWindow:
             recording = profile(activities=activities)
             recording.start()
         except RuntimeError as error:
-            log.warning(f"rank {self._process.rank} cannot be profiled: {error}")
-            self._withdraw()
+            self._failed(f"rank {self._process.rank} cannot be profiled: {error}")
             return
         self._profile = recording
 
@@ -78,13 +78,24 @@ class ProfileWindow:
             recording.stop()
             self._write(recording)
         except (OSError, RuntimeError) as error:
-            log.warning(f"the profile of rank {self._process.rank} was not written: {error}")
+            self._failed(f"the profile of rank {self._process.rank} was not written: {error}")
         self._withdraw()
 
-    def _write(self, recording: profile) -> None:
+    def _failed(self, why: str) -> None:
+        """Say so here, and to whoever waits for the profile."""
+        log.warning(why)
+        with suppress(OSError):
+            folder, name = self._place()
+            (folder / f"{name}.failed").write_text(why + "\n")
+        self._withdraw()
+
+    def _place(self) -> tuple[Path, str]:
         folder = self._folder / FOLDER / f"step_{self._first:08d}"
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"rank_{self._process.rank:05d}"
+        return folder, f"rank_{self._process.rank:05d}"
+
+    def _write(self, recording: profile) -> None:
+        folder, name = self._place()
         recording.export_chrome_trace(str(folder / f"{name}.json.gz"))
         by = "self_device_time_total" if self._process.device.type == "cuda" else "self_cpu_time_total"
         table = recording.key_averages().table(sort_by=by, row_limit=ROWS, max_name_column_width=60)

@@ -199,7 +199,43 @@ def test_kept_images_are_bounded_and_damage_is_said_once(root: Path, monkeypatch
     assert sum("left out" in record.message for record in caplog.records) == 1
 
 
-def test_shards_that_vanish_end_no_training(root: Path, tmp_path: Path, caplog) -> None:
+def flaky(samples: live_sets.LiveSamples, broken: list[int]) -> None:
+    """Its reads fail for `broken[0]` more times, as those of a link that is down."""
+    read = samples._read
+
+    def fail(*where: int) -> bytes:
+        if broken[0]:
+            broken[0] -= 1
+            raise OSError(5, "Input/output error")
+        return read(*where)
+
+    samples._read = fail  # type: ignore[method-assign]
+
+
+def reads_that_fail(rank: int, world: int, root: str) -> list[Any]:
+    made = recipe(Path(root), "flaky", evaluate=asked(Path(root), tasks=["knn"]))
+    live_sets.AGAIN_AFTER_S = (0.01, 0.01)
+    live, broken = live_of(made, Process(rank, world, rank, torch.device("cpu"))), [0]
+    flaky(live._sets.test, broken)
+    found = []
+    for times in (9, 2, 0):  # too often, on the last rank alone; less than it is tried; never
+        broken[0] = times * (rank == world - 1)
+        found.append(figures(live))
+    return [*found, broken[0]]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_images_that_cannot_be_read_now_are_no_damage(root: Path, world: int) -> None:
+    ranks = run_ranks(reads_that_fail, world, str(root))
+    assert all(found == ranks[0] for found in ranks)
+    failed, again, whole, _ = ranks[0]
+    assert failed == {}
+    assert again == whole
+    assert whole["eval/knn_top1"] > 0
+
+
+def test_shards_that_vanish_end_no_training(root: Path, tmp_path: Path, caplog, monkeypatch) -> None:
+    monkeypatch.setattr(live_sets, "AGAIN_AFTER_S", (0.0,))
     shutil.copytree(root / "data/test", tmp_path / "test")
     live = live_of(recipe(root, "gone", evaluate=asked(root, shards=str(tmp_path / "test"), tasks=["rankme"])), alone())
     shutil.rmtree(tmp_path / "test")

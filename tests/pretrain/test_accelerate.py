@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands import launch
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from pretrain.accelerate_config import resolve
 from pretrain.errors import UserError
@@ -44,11 +46,11 @@ def test_a_shipped_config_is_what_runs(name, tmp_path):
     path = write_recipe(
         tmp_path / "run.yaml", recipe_data(write_shards(tmp_path / "shards"), tmp_path / "run", steps=3)
     )
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{name}.yaml")]
+    command = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{name}.yaml")]
     told = subprocess.run(
         [
             sys.executable,
-            *launch,
+            *command,
             "--num_processes",
             "2",
             "--main_process_port",
@@ -175,7 +177,33 @@ def test_a_damaged_deepspeed_file_is_named(tmp_path):
         resolve(recipe(), ZERO | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "ds.json")})
 
 
-def test_shipped_configs_say_only_what_is_done():
-    for name in RUNS:
-        config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-        assert config["distributed_type"] in ("MULTI_GPU", "FSDP", "DEEPSPEED")
+def environment_of(config: Path) -> dict[str, str]:
+    """What accelerate's own launcher sets for the ranks; ValueError for a key that it does not know."""
+    argv = ["--config_file", str(config), "--main_process_port", "0", "-m", "pretrain", "recipe"]
+    args, read, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(argv))
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(read.deepspeed_config)
+        return prepare_deepspeed_cmd_env(args)[1]
+    return prepare_multi_gpu_env(args)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_shipped_config_says_only_what_is_done(name, tmp_path):
+    """As it is it asks for its backend and nothing else; what a line of it is changed to is followed or refused."""
+    resolved = resolve(recipe(), environment_of(CONFIGS / f"{name}.yaml"))
+    assert (resolved.backend, resolved.precision) == (name, "fp32")
+    assert resolved.sharding == recipe().sharding
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    for section in ("fsdp_config", "deepspeed_config"):
+        for key, value in config.get(section, {}).items():
+            changed = tmp_path / f"{key}.yaml"
+            other = {"none": "cpu", 2: 1, True: False, False: True}.get(value, 2)
+            changed.write_text(yaml.safe_dump(config | {section: config[section] | {key: other}}))
+            try:
+                followed = resolve(recipe(), environment_of(changed))
+            except UserError as error:
+                followed, told = None, str(error)
+            assert followed != resolved if followed else key in told, key
+    changed = tmp_path / "bf16.yaml"
+    changed.write_text(yaml.safe_dump(config | {"mixed_precision": "bf16"}))
+    assert resolve(recipe(), environment_of(changed)).precision == "bf16"

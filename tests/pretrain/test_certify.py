@@ -14,7 +14,7 @@ from pretrain.backends.ddp import DDP
 from pretrain.backends.replicated import Replicated
 from pretrain.certify.cells import BAR, Cell, certify_world
 from pretrain.certify.peers import peers_at
-from pretrain.certify.reference import reference
+from pretrain.certify.reference import reference, references
 from pretrain.certify.shrink import SAMPLES, STEPS, shrink
 from pretrain.certify.table import Certificate
 from pretrain.distributed.process import Process
@@ -27,7 +27,7 @@ from pretrain.objectives.functional import contrastive
 from pretrain.recipe import Recipe, dump_recipe, load_recipe, parse_recipe, shipped_recipes
 from tests.ranks import run_ranks
 from tests.runs import start
-from tests.tiny import VIT, recipe_data, write_recipe
+from tests.tiny import RESNET, VIT, recipe_data, write_recipe
 
 EVERY_OBJECTIVE = (
     "clip-vit-b32-laion400m", "siglip-convnext-tiny-cc12m", "pyramidclip-vit-b16-yfcc15m", "swav-r50-200ep-256",
@@ -36,11 +36,14 @@ EVERY_OBJECTIVE = (
 
 
 def small(**changes) -> Recipe:
-    return shrink(parse_recipe(recipe_data("shards", "run", model=VIT, **changes), "test"))[0]
+    return shrink(parse_recipe(recipe_data("shards", "run", **{"model": VIT} | changes), "test"))[0]
+
+
+BATCHNORM = small(model=RESNET | {"image_kwargs": {}})
 
 
 def expected_of(recipe: Recipe) -> dict:
-    return {drawn: dict(reference(recipe, drawn).gradients) for drawn in (torch.float32, torch.float64)}
+    return {name: dict(found) for name, found in references(recipe, [1, 2, 3], [1, 4])[0].items()}
 
 
 # ---- the reference
@@ -90,7 +93,7 @@ def scaled(world: int):
 
 
 def objectives_not_reduced(world: int):
-    return patch.object(Replicated, "reduce", lambda self: None)
+    return patch.object(Replicated, "reduce", lambda self, loss: loss)
 
 
 def ranks_in_another_order(world: int):
@@ -106,18 +109,25 @@ BROKEN = {
 }
 
 
-def run_broken(rank: int, world: int, expected: dict) -> dict:
+def run_broken(rank: int, world: int, folder: str) -> dict:
+    expected, in_parts = torch.load(f"{folder}/expected.pt")
     process = Process(rank, world, rank, torch.device("cpu"))
     found = {}
     for name, broken in BROKEN.items():
         with broken(world):
             found[name] = [asdict(c) for c in certify_world(process, small(), expected, ["ddp"], [1, 4])]
+    for name in ("as it is", "scaled"):
+        with BROKEN[name](world):
+            cells = certify_world(process, BATCHNORM, in_parts, ["ddp"], [4])
+        found[f"batchnorm {name}"] = [asdict(c) for c in cells]
     return {"cells": found, "peers": [asdict(p) for p in peers_at(process, ["clip", "siglip", "swav"])]}
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def broken(request) -> tuple[int, dict]:
-    ranks = run_ranks(run_broken, request.param, expected_of(small()))
+def broken(request, tmp_path_factory) -> tuple[int, dict]:
+    folder = tmp_path_factory.mktemp("expected")
+    torch.save((expected_of(small()), expected_of(BATCHNORM)), folder / "expected.pt")
+    ranks = run_ranks(run_broken, request.param, str(folder))
     assert all(r["cells"] == ranks[0]["cells"] for r in ranks)
     return request.param, ranks[0]
 
@@ -178,8 +188,19 @@ def test_batchnorm_in_parts_is_an_approximation_and_rounding_is_told_from_error(
     recipe = shrink(load_recipe("learning"))[0]
     one, four = certify_world(Process(0, 1, 0, torch.device("cpu")), recipe, expected_of(recipe), ["ddp"], [1, 4])
     assert (one.verdict, four.verdict) == ("PASS", "approx")
-    assert one.figure <= BAR or one.figure64 < 1e-9
-    assert four.figure > 1e-3
+    for cell in (one, four):
+        assert cell.figure <= BAR or cell.figure64 < 1e-9
+    assert four.away > 1e-3
+    assert f"approx ({four.away:.0e})" in certificate([asdict(one), asdict(four)]).text()
+
+
+def test_an_approximation_is_held_to_its_own_parts(broken):
+    _, found = broken
+    (sound,), (wrong,) = found["cells"]["batchnorm as it is"], found["cells"]["batchnorm scaled"]
+    assert sound["verdict"] == "approx", sound
+    assert sound["away"] > 1e-3
+    assert wrong["verdict"] == "FAIL"
+    assert wrong["figure64"] > 100 * BAR
 
 
 def test_the_verb_writes_the_certificate_and_says_it_with_its_exit_code(tmp_path):

@@ -14,9 +14,10 @@ from pretrain.__main__ import main
 from pretrain.check import Report, check, fit, memory
 from pretrain.check.show import show
 from pretrain.checkpoint import find_latest
+from pretrain.distributed.process import Process
 from pretrain.errors import UserError
 from pretrain.models.compute import checkpoint_blocks
-from pretrain.parts import build_modules
+from pretrain.parts import assemble, build_modules
 from pretrain.probe import probe_inputs
 from pretrain.recipe import Recipe, parse_recipe
 from tests.runs import train_here
@@ -129,6 +130,31 @@ def test_a_checkpoint_has_the_size_that_was_told(shards, tmp_path, changes):
     assert told == pytest.approx(real, rel=0.02)
 
 
+def test_what_no_objective_reaches_is_not_counted_as_trained(shards, tmp_path):
+    data = recipe_data(shards, tmp_path / "run", objectives=SSL)  # a text tower that no objective reads
+    recipe = parse_recipe(data, "test")
+    parts = assemble(recipe, 60, Process(0, 1, 0, torch.device("cpu")))
+    trained = sum(p.numel() for p in (*parts.backend.trunk.parameters(), *parts.joint.parameters()) if p.requires_grad)
+    sections = check(recipe).sections
+    assert sections["model"]["trained"] == trained
+    assert sections["memory of a rank"]["optimizer_bytes"] == 8 * trained
+
+
+def test_weights_that_are_kept_whole_or_come_whole_are_counted():
+    def held(**changes: Any) -> dict[str, int]:
+        recipe = parse_recipe(recipe_data(Path("s"), Path("r"), **changes), "test")
+        return memory.rank(recipe, memory.build(recipe, 60, 64), world=64)
+
+    recipe = parse_recipe(recipe_data(Path("s"), Path("r")), "test")
+    modules = memory.build(recipe, 60, 64)
+    whole = 4 * sum(p.numel() for p in modules.trunk.parameters())
+    kept = held(backend="fsdp2", sharding={"reshard_after_forward": False})
+    assert kept["gathered_bytes"] > whole
+    assert kept["total_bytes"] > held(backend="fsdp2")["total_bytes"]
+    wide = VIT | {"text": VIT["text"] | {"vocab": 10_000_000}}
+    assert held(backend="zero3", model=wide)["total_bytes"] >= 4 * 16 * 10_000_000
+
+
 def test_what_does_not_fit_is_told_with_an_accumulation_that_fits(shards, tmp_path):
     def problems(accumulation: int, gpu_bytes: int) -> list[str]:
         changes = {"model": RESNET, "global_batch": 48, "accumulation": accumulation}
@@ -204,6 +230,28 @@ def test_a_local_batch_becomes_an_accumulation(shards, tmp_path):
         resolved(local_batch=2, accumulation=2)
     with pytest.raises(UserError, match="must be a multiple of world 5"):
         resolved(world=5, local_batch=2)
+
+
+def test_a_local_batch_is_looked_at_as_it_will_run(shards, tmp_path):
+    def seen(gpu_bytes: int | None = None, **changes: Any) -> Report:
+        return looked(shards, tmp_path, {"gpu_bytes": gpu_bytes}, model=RESNET, global_batch=48, **changes)
+
+    needed = {k: seen(accumulation=k).sections["memory of a rank"]["total_bytes"] for k in (1, 8)}
+    report = seen(local_batch=6)
+    assert report.problems == []
+    assert report.sections["recipe"]["micro_batch"] == 6
+    assert report.sections["memory of a rank"]["total_bytes"] == needed[8] < needed[1]
+    assert "local_batch 9 does not divide a rank's 48 samples of a step; try 8 or 12" in seen(local_batch=9).problems
+    (problem,) = seen(24 << 20, local_batch=48).problems
+    advised = problem.rpartition(": ")[2].removesuffix(" would fit")
+    assert advised.startswith("local_batch=")
+    assert seen(24 << 20, local_batch=int(advised.partition("=")[2])).problems == []
+    chosen = seen(24 << 20, local_batch="auto")
+    assert chosen.problems == []
+    assert chosen.sections["recipe"]["micro_batch"] < 48
+    (problem,) = seen(1 << 20, local_batch="auto").problems
+    assert problem.startswith("local_batch auto: a rank needs about")
+    assert any("--gpu-memory" in note for note in seen(local_batch="auto").notes)
 
 
 def test_auto_is_the_smallest_accumulation_that_fits_nine_tenths(shards, tmp_path, monkeypatch, caplog):

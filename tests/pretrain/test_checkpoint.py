@@ -26,9 +26,9 @@ from pretrain.checkpoint import (
     commit,
     find_latest,
     open_checkpoint,
+    open_store,
     slice_for_rank,
 )
-from pretrain.checkpoint.durable import write_durably
 from pretrain.errors import UserError
 from tests.ranks import run_ranks
 from tests.saves import META, bits, check, make_state, save
@@ -160,6 +160,17 @@ def test_closing_lets_the_save_going_on_become_whole(tmp_path: Path, monkeypatch
     begin = time.monotonic()
     alone.close(timeout_s=0.2)  # the other rank is dead
     assert time.monotonic() - begin < 5
+
+
+def test_who_waits_for_a_save_gives_signs_of_life(tmp_path: Path) -> None:
+    """For as long as a save may take; then a wait is a standstill."""
+    alone = CheckpointWriter(tmp_path, world=2, attempt="a", timeout_s=1.5)  # the other rank never comes
+    alone.save(1, slice_for_rank(make_state(), 0, 2), {})
+    beats: list[float] = []
+    with pytest.raises(CheckpointError, match="ranks 1"):
+        alone.wait(lambda: beats.append(time.monotonic()))
+    assert len(beats) == 2
+    assert 0.9 < beats[1] - beats[0] < 1.4
 
 
 def test_missing_ranks_are_named(tmp_path: Path) -> None:
@@ -400,10 +411,11 @@ def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path, monkeypatch: 
     def refuse(fd: int, data: memoryview) -> int:
         raise OSError(errno.EIO, "broken disk")
 
-    write_durably(tmp_path / "f", [b"old"])
+    folder = open_store(tmp_path)
+    folder.write("f", [b"old"])
     monkeypatch.setattr(os, "write", refuse)
     with pytest.raises(CheckpointDiskError, match="broken disk"):
-        write_durably(tmp_path / "f", [b"new"])
+        folder.write("f", [b"new"])
     assert (tmp_path / "f").read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
@@ -448,7 +460,7 @@ def test_purge_reads_no_more_than_it_keeps(tmp_path: Path, monkeypatch: pytest.M
     for step in range(1, 8):
         save(tmp_path, step, {"x": torch.tensor(step)}, keep_last=2, keep_every=1)
     looked_at = []
-    monkeypatch.setattr(commit, "_is_whole", lambda path: looked_at.append(path) or True)
+    monkeypatch.setattr(commit, "_is_whole", lambda *which: looked_at.append(which) or True)
     commit.purge(tmp_path, 7, keep_last=2, keep_every=1)
     assert len(looked_at) == 2
 
@@ -470,6 +482,14 @@ def test_a_purge_cut_short_leaves_nothing_that_looks_whole(tmp_path: Path, monke
     with pytest.raises(CheckpointError, match="not a whole checkpoint"):
         open_checkpoint(tmp_path / "step_00000001")
     assert find_latest(tmp_path).step == 2
+
+
+def test_purge_leaves_what_another_run_saved(tmp_path: Path) -> None:
+    for step, run in [(1, "one"), (2, None), (3, "two"), (4, "one"), (5, "two"), (6, "two")]:
+        save(tmp_path, step, {"x": torch.tensor(step)}, attempt=f"{run}", run=run, keep_last=1)
+    assert steps(tmp_path) == [2, 4, 6]
+    assert open_checkpoint(tmp_path / "step_00000006").run == "two"
+    assert open_checkpoint(tmp_path / "step_00000002").run is None
 
 
 def test_purge_leaves_what_lies_ahead(tmp_path: Path) -> None:

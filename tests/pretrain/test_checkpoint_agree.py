@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -9,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.checkpoint import CheckpointError, agree, newest_whole, open_checkpoint
+from pretrain.checkpoint import CheckpointError, agree, newest_whole, open_checkpoint, patience
+from pretrain.checkpoint.errors import CheckpointUnreadableError
+from pretrain.checkpoint.store import LocalStore
+from pretrain.exit_codes import CRASHED
 from tests.ranks import run_ranks
 from tests.saves import make_state, save
 
@@ -107,7 +111,7 @@ def test_what_is_passed_over_is_named(tmp_path: Path, kind: str, caplog: pytest.
     assert reason in line
 
 
-def test_a_folder_that_may_not_be_read_is_passed_over(tmp_path: Path) -> None:
+def test_a_folder_that_may_not_be_read_is_not_taken_for_damage(tmp_path: Path) -> None:
     for step in (1, 2):
         save(tmp_path, step, {"x": torch.randn(500)})
     for folder in (tmp_path, *list(tmp_path.parents)[:-1]):
@@ -118,10 +122,56 @@ def test_a_folder_that_may_not_be_read_is_passed_over(tmp_path: Path) -> None:
     try:
         if me == 0:  # to whom nothing is forbidden
             os.seteuid(65534)
-        assert newest_whole(tmp_path).step == 1
+        with pytest.raises(CheckpointUnreadableError, match=r"step_00000002/manifest.json: .*Permission denied"):
+            newest_whole(tmp_path)
     finally:
         os.seteuid(me)
         (tmp_path / "step_00000002").chmod(0o755)
+
+
+def _a_disk_away(rank: int, world: int, root: str) -> list:
+    """What this rank comes to when reads of the last rank fail a few times, and when they fail for good."""
+    patience.PAUSES_S = (0.01, 0.01)
+    found, real = [], os.preadv
+    for times in (2, 3):
+        fails = [OSError(errno.EIO, "the disk is away")] * times if rank == world - 1 else []
+
+        def preadv(fd: int, buffers: list, offset: int, fails: list = fails) -> int:
+            if fails:
+                raise fails.pop()
+            return real(fd, buffers, offset)
+
+        os.preadv = preadv
+        try:
+            found.append(_step(root))
+        except CheckpointUnreadableError as error:
+            found += [error.exit_code, str(error)]
+    os.preadv = real
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_read_that_fails_for_a_while_costs_no_checkpoint(tmp_path: Path, world: int) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, make_state(), 3)
+    ranks = run_ranks(_a_disk_away, world, str(tmp_path))
+    assert all(found == ranks[0] for found in ranks)
+    step, code, told = ranks[0]
+    assert (step, code) == (2, CRASHED)
+    assert f"{tmp_path}/step_00000002/data-a-" in told
+    assert "the disk is away" in told
+    assert told.endswith(f"the same command tries again (seen by ranks {world - 1})")
+
+
+def test_ranks_share_the_look_at_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every rank at every file: a thousand ranks have a thousand each."""
+    save(tmp_path, 1, make_state(), 6)
+    looked_at: list[str] = []
+    real = LocalStore.sizes
+    monkeypatch.setattr(LocalStore, "sizes", lambda store, names: looked_at.extend(names) or real(store, names))
+    for rank in range(3):
+        assert agree._look(str(tmp_path / "step_00000001"), rank, 3)[1].fault is None
+    assert sorted(looked_at) == sorted(p.name for p in (tmp_path / "step_00000001").glob("data-*"))
 
 
 def test_two_starts_saves_of_one_step_are_no_agreement() -> None:

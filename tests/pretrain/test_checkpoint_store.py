@@ -6,6 +6,7 @@ import logging
 import sys
 import urllib.request
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import fsspec
@@ -17,14 +18,18 @@ from pretrain.checkpoint import (
     CheckpointDiskError,
     CheckpointError,
     CheckpointWriter,
+    claim,
     find_checkpoint,
     find_latest,
     newest_whole,
     objects,
     open_checkpoint,
     open_store,
+    owners,
+    patience,
     slice_for_rank,
 )
+from pretrain.checkpoint.errors import CheckpointUnreadableError
 from pretrain.checkpoint.layout import step_dirs
 from pretrain.checkpoint.store import LocalStore
 from tests.ranks import run_ranks
@@ -181,8 +186,11 @@ def test_a_run_goes_on_from_the_newest_of_all_its_places(root: str, tmp_path: Pa
 # --- what can go wrong
 
 
-def test_a_connection_that_dies_in_a_save_costs_that_save_only(bucket: Bucket, root: str) -> None:
+def test_a_connection_that_dies_in_a_save_costs_that_save_only(
+    bucket: Bucket, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After the data and before the manifest: rank 0 still waits for the other's part."""
+    monkeypatch.setattr(patience, "PAUSES_S", (0.01,))
     state = make_state()
     save(root, 1, state)
     zero = CheckpointWriter(root, rank=0, world=2, attempt="b", timeout_s=60)
@@ -199,7 +207,7 @@ def test_a_connection_that_dies_in_a_save_costs_that_save_only(bucket: Bucket, r
             one.wait()
         with pytest.raises(CheckpointError, match=r"step_00000002: not saved: EndpointConnectionError"):
             zero.wait()
-        with pytest.raises(CheckpointError, match="cannot be listed"):
+        with pytest.raises(CheckpointUnreadableError, match=r"the list of its checkpoints cannot be read.*tries again"):
             newest_whole(root)
     finally:
         bucket.start()
@@ -210,6 +218,72 @@ def test_a_connection_that_dies_in_a_save_costs_that_save_only(bucket: Bucket, r
     zero.wait()
     check(newest_whole(root), state)
     assert steps(root) == [1, 3], "what the broken save left is cleared away"
+
+
+@pytest.mark.parametrize(("arrives", "readable"), [(True, True), (False, True), (True, False), (False, False)])
+def test_a_manifest_whose_answer_is_lost(
+    root: str, monkeypatch: pytest.MonkeyPatch, arrives: bool, readable: bool
+) -> None:
+    """It is there: the save has succeeded. It is not: the room is given back. Nobody knows: no byte is touched."""
+    import s3fs
+
+    monkeypatch.setattr(patience, "PAUSES_S", (0.01,))
+    state = make_state()
+    save(root, 1, state)
+    real = s3fs.S3FileSystem._call_s3
+
+    async def failing(self, method, *args, **options):
+        manifest = str(options.get("Key")).endswith("2/manifest.json")
+        if manifest and method == "put_object":
+            if arrives:
+                await real(self, method, *args, **options)
+            raise ConnectionError("no answer")
+        if manifest and not readable:
+            raise ConnectionError("no answer either")
+        return await real(self, method, *args, **options)
+
+    writer = CheckpointWriter(root, attempt="b")
+    with monkeypatch.context() as patched:
+        patched.setattr(s3fs.S3FileSystem, "_call_s3", failing)
+        writer.save(2, slice_for_rank(state, 0, 1), META)
+        told = "" if arrives and readable else "no answer" if readable else "has arrived is not known"
+        with pytest.raises(CheckpointError, match=told) if told else nullcontext():
+            writer.wait()
+    assert writer.committed == (2 if not told else None)
+    assert any("2/data-b" in key for key in keys(root)) == (arrives or not readable)
+    newest = newest_whole(root)
+    assert newest.step == (2 if arrives else 1)
+    check(newest, state)
+    writer.save(3, slice_for_rank(state, 0, 1), META)
+    writer.wait()
+    assert steps(root) == ([1, 2, 3] if arrives else [1, 3])
+
+
+def test_a_place_is_one_runs(root: str) -> None:
+    claim(root, "one", {"output": "/runs/one"})
+    claim(root, "one", {"output": "/runs/one"})
+    with pytest.raises(CheckpointError, match=r"another run .*\(id one, output /runs/one\).*checkpoint.to=.*run_id"):
+        claim(root, "two", {})
+    assert owners(root) == {"one"}
+    save(root, 1, make_state(), run="one")
+    fsspec.filesystem("s3").rm_file(f"{root}/run-one.json")
+    with pytest.raises(CheckpointError, match="id one"):
+        claim(root, "two", {})
+    assert owners(root) == set()
+
+
+def test_of_two_that_come_at_once_none_shares(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have seen that nobody is there."""
+    write = objects.ObjectStore.write
+
+    def both(store, name, chunks, **options) -> None:
+        write(store, "run-two.json", [b"{}"])
+        write(store, name, chunks, **options)
+
+    monkeypatch.setattr(objects.ObjectStore, "write", both)
+    with pytest.raises(CheckpointError, match="id two"):
+        claim(root, "one", {})
+    assert owners(root) == {"two"}
 
 
 DAMAGE = {
@@ -261,7 +335,7 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(bucket: Bucket, root:
     try:
         with pytest.raises(CheckpointDiskError, match="check the credentials"):
             CheckpointWriter(root, attempt="a")
-        with pytest.raises(CheckpointError, match="cannot be looked into"):
+        with pytest.raises(CheckpointUnreadableError, match="the list of what it holds cannot be read"):
             find_checkpoint(root)
     finally:
         bucket.open_to_all(requests=1 << 30)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pretrain.backends import build_backend
+from pretrain.backend_names import BACKENDS
+from pretrain.backends import build_backend, zero
 from pretrain.check.memory import SavedBytes
 from pretrain.distributed.process import Process
 from pretrain.errors import UserError
@@ -127,8 +128,9 @@ def of_backends(rank: int, world: int) -> dict[str, dict[str, dict[str, Tensor]]
     """Gradients with and without checkpointing, by model and backend; SyncBatchNorm's statistics beside them."""
     found: dict[str, dict[str, dict[str, Tensor]]] = {}
     process = Process(rank, world, rank, CPU)
+    zero.KEPT_WHOLE = 0  # else nothing of towers so small would be partitioned
     for name in ("dropping", "resnet"):
-        for backend in ("ddp", "fsdp2"):
+        for backend in BACKENDS:
             for again in (False, True):
                 recipe, trunk, joint = built(name, world, backend=backend, compute={"checkpoint_blocks": again})
                 compute.apply(trunk, recipe, CPU)
@@ -147,13 +149,46 @@ def test_backends_give_the_same_gradients(world):
         for case, by in found.items():
             assert by["True"], case
             assert_close(by["True"], by["False"], 1e-5)
-            assert_close(by["True"], found[case.replace("fsdp2", "ddp")]["False"], 1e-5)
+            assert_close(by["True"], found[f"{case.split()[0]} ddp"]["False"], 1e-5)
+
+
+ONE = VIT | {
+    "image_kwargs": {"embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 8, "proj_drop_rate": 0.2},
+    "text": DROPPING | {"layers": 1},
+}
+
+
+def compiled(rank: int, world: int) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """Gradients with and without compiled blocks, by backend."""
+    found: dict[str, dict[str, dict[str, Tensor]]] = {}
+    process = Process(rank, world, rank, CPU)
+    MODELS["one"] = (ONE, {})
+    zero.KEPT_WHOLE = 0
+    for backend in BACKENDS:
+        for compile in (False, True):
+            recipe, trunk, joint = built("one", world, backend=backend, compute={"compile": compile})
+            compute.apply(trunk, recipe, CPU)
+            engine = build_backend(trunk, recipe, process)
+            torch.manual_seed(rank)
+            features = engine.forward(inputs_of(joint, recipe, rank))
+            engine.backward(list(features.values()), [f.detach().sign() for f in features.values()])
+            found.setdefault(backend, {})[str(compile)] = engine.gradients()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiled_blocks_under_every_backend():
+    for found in run_ranks(compiled, 2):
+        for backend, by in found.items():
+            assert_close(by["True"], by["False"], 1e-5)
+            assert_close(by["True"], found["ddp"]["False"], 1e-5)
+            assert by["True"], backend
 
 
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_gradients(monkeypatch):
-    kwargs = {"embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 8, "proj_drop_rate": 0.2}
-    monkeypatch.setitem(MODELS, "one", (VIT | {"image_kwargs": kwargs, "text": DROPPING | {"layers": 1}}, {}))
+    monkeypatch.setitem(MODELS, "one", (ONE, {}))
     recipe, trunk, joint = built("one")
     plain = copy.deepcopy(trunk)
     compute.compile_blocks(trunk)

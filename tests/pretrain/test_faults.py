@@ -20,7 +20,7 @@ from pretrain.distributed.failures import explained
 from pretrain.distributed.process import Process
 from pretrain.errors import UserError
 from pretrain.exit_codes import CRASH_LOOP, HUNG, LOST
-from pretrain.telemetry.alive import heartbeats
+from pretrain.telemetry.alive import alive, heartbeats
 from pretrain.telemetry.heartbeat import Heartbeat
 from pretrain.telemetry.straggler import Stragglers
 from tests.ranks import free_port, run_ranks
@@ -93,6 +93,18 @@ def test_signs_of_life_say_who_is_where_and_those_of_a_larger_world_go(tmp_path)
     assert begin <= sign["time"] <= time.time()
     assert 0 <= sign["since"] < 5
     json.dumps(sign)
+
+
+@pytest.mark.parametrize(
+    ("phase", "age_s", "every_s", "lives"),
+    [("data", 50, 10, True), ("data", 61, 10, False), ("data", 300, 120, True), ("data", 500, 120, False)]
+    + [("end", 1, 10, False)],
+)
+def test_a_run_lives_as_long_as_its_own_interval_says(tmp_path, phase, age_s, every_s, lives):
+    sign = {"rank": 0, "host": "elsewhere", "pid": 1, "phase": phase, "time": time.time() - age_s, "every_s": every_s}
+    (tmp_path / "heartbeat").mkdir()
+    (tmp_path / "heartbeat" / "rank_00000.json").write_text(json.dumps(sign))
+    assert alive(tmp_path) == lives
 
 
 def test_a_place_that_takes_no_signs_of_life_does_not_end_the_training(tmp_path, caplog):
@@ -185,8 +197,9 @@ def test_a_step_that_crashed_again_and_again_is_not_tried_once_more():
     check(Path("run"), [], 0, 1)
     check(Path("run"), [other, other, other, crash, crash], 40, 3)
     check(Path("run"), [crash, crash, crash, crash | {"ended": "stopped"}, crash, crash], 40, 3)
+    check(Path("run"), [crash, crash, crash | {"ended": "refused"}], 40, 3)
     with pytest.raises(UserError) as refused:
-        check(Path("run"), [other, crash, crash, crash], 40, 3)
+        check(Path("run"), [other, crash, crash, {"from_step": 40, "ended": "refused"}, crash], 40, 3)
     assert refused.value.exit_code == CRASH_LOOP
     told = str(refused.value)
     assert "the last 3 starts from step 40" in told

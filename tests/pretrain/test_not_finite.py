@@ -12,6 +12,7 @@ import torch
 from pretrain.checkpoint import find_latest
 from pretrain.data import open_data
 from pretrain.distributed.process import Process
+from pretrain.errors import UserError
 from pretrain.exit_codes import NOT_FINITE
 from pretrain.optim.schedule import rates_at
 from pretrain.parts import assemble
@@ -19,7 +20,9 @@ from pretrain.reader import Reader
 from pretrain.recipe import Recipe, load_recipe, parse_recipe
 from pretrain.telemetry import read_events
 from pretrain.telemetry.spikes import Spikes
+from pretrain.train import train as train_loop
 from pretrain.views.text import build_tokenizer
+from tests.ranks import run_ranks
 from tests.runs import losses, train, train_here, weights
 from tests.tiny import RESNET, recipe_data, write_recipe, write_shards
 
@@ -101,12 +104,45 @@ def test_a_rewound_run_is_one_that_never_had_the_data(tmp_path, shards, world):
         assert find_latest(tmp_path / "run" / "checkpoints").step == 10
 
 
+def in_the_loss_of_one_rank(rank: int, world: int, shards: str, folder: str, sample: int) -> dict[str, list]:
+    """How runs of every precision and policy end on this rank: 0 or the exit code, and what was said."""
+    process, found = Process(rank, world, rank, torch.device("cpu")), {}
+    objectives = {"tests.poison": {"sample": sample, "alone": True}}
+    for precision in ("fp32", "fp16"):
+        for nan in ("raise", "skip", "rewind"):
+            run = Path(folder) / f"{precision} {nan}"
+            changes = {"precision": precision, "faults": {"nan": nan}, "steps": 4, "objectives": objectives}
+            try:
+                ended = train_loop(parse_recipe(recipe_data(Path(shards), run, **changes), "test"), process)
+                found[run.name] = [int(not ended), ""]
+            except UserError as error:
+                found[run.name] = [error.exit_code, str(error)]
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_loss_that_is_nan_on_one_rank_alone_is_so_on_all(tmp_path, shards, world):
+    bad = 3
+    ranks = run_ranks(in_the_loss_of_one_rank, world, str(shards), str(tmp_path), sample_of(shards, bad))
+    assert all(found == ranks[0] for found in ranks)
+    for precision in ("fp32", "fp16"):
+        code, told = ranks[0][f"{precision} raise"]
+        assert code == NOT_FINITE
+        assert told.startswith(f"step {bad + 1}: loss nan, gradient norm ")
+        assert ranks[0][f"{precision} skip"] == ranks[0][f"{precision} rewind"] == [0, ""]
+        events = read_events(tmp_path / f"{precision} skip")
+        assert [e["step"] for e in events if e["event"] == "left-out"] == [bad + 1]
+        assert [e["step"] for e in read_events(tmp_path / f"{precision} rewind") if e["event"] == "non-finite"] == [4]
+        assert not [e for e in events if e["event"] == "overflow" and e["step"] == bad + 1]
+
+
 def test_too_many_are_refused(tmp_path, shards, capsys):
     everywhere = {"optimizer": {"lr": 1e18}, "model": RESNET}
     for nan, told in (("skip", "more than faults.max_nan=2"), ("rewind", "Rewound faults.max_nan=2 times already")):
         data = recipe_data(shards, tmp_path / nan, faults={"nan": nan, "max_nan": 2}, **everywhere)
         assert train_here(write_recipe(tmp_path / f"{nan}.yaml", data)) == NOT_FINITE
         assert told in capsys.readouterr().err
+        assert json.loads((tmp_path / nan / "run.json").read_text())[-1]["ended"] == "refused"  # no crash
 
 
 def test_a_spike_is_told_from_the_median_and_its_samples_are_kept(tmp_path, shards):

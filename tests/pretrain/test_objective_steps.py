@@ -107,7 +107,7 @@ def steps(name: str, rank: int, world: int, accumulation: int) -> list[dict]:
             parts.backend.warm_up(parts.two_stage.inputs(mine.rows(0, rows // accumulation)))
         parts.joint.before_step(step)
         result = parts.two_stage(mine)
-        parts.replicated.reduce()
+        parts.replicated.reduce(result.loss)
         named = {**dict(parts.backend.trunk.named_parameters()), **dict(parts.joint.members.named_parameters())}
         gradients = {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
         descend(named, parts, step, lr=1e-3 if name in ("moco", "dino") else 0.0)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ from pretrain.flops import caption_tokens, step_flops
 from pretrain.oom import memory_explained
 from pretrain.reader import Batch
 from pretrain.recipe import Recipe
-from pretrain.telemetry import Phases, ProfileWindow, StepClock, collected_together
+from pretrain.telemetry import Phases, ProfileWindow, StepClock, collected_together, profile_request
+from pretrain.telemetry.heartbeat import Heartbeat
 from pretrain.telemetry.mfu import peak_flops
 from pretrain.telemetry.profile_request import profile_run, write_request
 from tests import tiny
@@ -230,6 +232,44 @@ def test_the_door_profiles_a_run_that_goes_on(tmp_path: Path) -> None:
         profile_run(tmp_path / "run", 0)
     with pytest.raises(UserError, match="is not a run"):
         profile_run(tmp_path, 2)
+
+
+@pytest.mark.parametrize(
+    ("fate", "told"),
+    [
+        ("ends", "the run ended before its profile was whole"),
+        ("one fails", "rank_00001|rank 1 was not written: .*json.gz"),
+        ("one is silent", "not every rank has written its profile"),
+    ],
+)
+def test_who_waits_for_a_profile_that_does_not_come_is_told(tmp_path: Path, monkeypatch, fate: str, told: str) -> None:
+    monkeypatch.setattr(profile_request, "OTHERS_S", 1.0)
+    (tmp_path / "recipe.yaml").write_text("")
+    (tmp_path / "run.json").write_text('[{"world": 2}]')
+    heart, ranks = beating(tmp_path), [window(tmp_path, rank) for rank in range(2)]
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(profile_run, tmp_path, 1, look_every_s=0.1)
+        while not (tmp_path / "PROFILE").exists() and not asked.done():
+            time.sleep(0.02)
+        if fate == "one fails":
+            (tmp_path / "profile/step_00000002/rank_00001.json.gz").mkdir(parents=True)  # where its trace should go
+        for rank in {"ends": [], "one fails": ranks[::-1], "one is silent": ranks[:1]}[fate]:
+            rank.start(1)
+            rank.step()
+        if fate == "ends":
+            heart.close()
+        with pytest.raises(UserError, match=told):
+            asked.result(timeout=30)
+    heart.close()
+    assert not (tmp_path / "PROFILE").exists()
+
+
+def beating(run: Path) -> Heartbeat:
+    return Heartbeat(run, process=Process(0, 2, 0, torch.device("cpu")), every_s=0.1, hang_s=None)
+
+
+def window(run: Path, rank: int) -> ProfileWindow:
+    return ProfileWindow(run, Process(rank, 2, rank, torch.device("cpu")))
 
 
 # --- memory

@@ -47,6 +47,8 @@ def test_a_bare_path_is_a_source():
         ({"data": {"sources": []}}, "data.sources"),
         ({"model": {"eval_resize": 200}}, "model.eval_resize 200 is less than model.image_size 224"),
         ({"optimizer": {"name": "lamb"}}, "optimizer.name"),
+        ({"backend": "fsdp"}, "'auto', 'ddp', 'fsdp2', 'zero1', 'zero2' or 'zero3'"),
+        ({"evaluate": {"every": 1, "shards": "a", "weights": "ema"}}, "no average is kept: set ema: {}"),
         ({"optimizer": {"nesterov": True, "momentum": 0}}, "optimizer.nesterov needs"),
     ],
 )

@@ -79,7 +79,7 @@ def gradients(rank: int, world: int, model: dict, accumulation: int) -> dict[str
     mine = batch.rows(rank * rows, (rank + 1) * rows)
     backend.warm_up(two_stage.inputs(mine))
     result = two_stage(mine)
-    replicated.reduce()
+    replicated.reduce(result.loss)
     named = {**dict(backend.trunk.named_parameters()), "logit_scale": replicated.parameters()[0]}
     return {"loss": result.loss, **{n: p.grad for n, p in named.items() if p.grad is not None}}
 
