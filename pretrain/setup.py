@@ -56,10 +56,10 @@ def set_up(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
         order.check_continues(checkpoint.meta["order"], start)
     starts = from_first(folder.starts(), process)
     crash_loop.check(folder.path, starts, start, faults.max_crashes)
-    parts = assemble(recipe, order.samples, process, checkpoint)
-    joint = parts.joint
     if start > total or (start == total and starts and starts[-1].get("ended") == "done"):
         return None
+    parts = assemble(recipe, order.samples, process, checkpoint)
+    joint = parts.joint
     evaluation = live_evaluation(recipe, parts.backend)
     reader = Reader(
         sources,

@@ -31,7 +31,7 @@ def resumed(run: Path) -> list[int]:
 
 def test_a_run_goes_on_wherever_it_has_saved(tmp_path, shards, capsys, monkeypatch):
     run, to = tmp_path / "run", "checkpoint.to="
-    recipe = str(write_recipe(tmp_path / "r.yaml", recipe_data(shards, run, checkpoint={"every": 2})))
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_data(shards, run, checkpoint={"every": 2}))
     monkeypatch.chdir(tmp_path)
     assert train_here(recipe, "steps=2", f"{to}first") == 0
     (tmp_path / "elsewhere").mkdir()
@@ -57,7 +57,7 @@ def test_a_run_goes_on_wherever_it_has_saved(tmp_path, shards, capsys, monkeypat
 def test_two_runs_do_not_share_a_place(tmp_path, shards, capsys):
     to = tmp_path / "to"
     one, two = (
-        str(write_recipe(tmp_path / f"{name}.yaml", recipe_data(shards, tmp_path / name, checkpoint={"to": str(to)})))
+        write_recipe(tmp_path / f"{name}.yaml", recipe_data(shards, tmp_path / name, checkpoint={"to": str(to)}))
         for name in ("one", "two")
     )
     assert train_here(one, "steps=2") == 0
@@ -79,8 +79,8 @@ def test_two_runs_do_not_share_a_place(tmp_path, shards, capsys):
 
 
 def test_a_place_given_to_another_run_is_looked_at_no_more(tmp_path, shards):
-    one = str(write_recipe(tmp_path / "one.yaml", recipe_data(shards, tmp_path / "one")))
-    two = str(write_recipe(tmp_path / "two.yaml", recipe_data(shards, tmp_path / "two", seed=1)))
+    one = write_recipe(tmp_path / "one.yaml", recipe_data(shards, tmp_path / "one"))
+    two = write_recipe(tmp_path / "two.yaml", recipe_data(shards, tmp_path / "two", seed=1))
     to = f"checkpoint.to={tmp_path / 'to'}"
     assert train_here(one, "steps=1", to) == 0
     assert train_here(one, "steps=2") == 0
