@@ -70,6 +70,7 @@ class Live:
     def run(self, step: int, beat: Callable[[], None], stop: Callable[[], bool]) -> dict[str, float] | None:
         begun = time.monotonic()
         self._towers.beat, self._towers.stop = beat, stop
+        self.missed = False
         figures: Mapping[str, float | None] = {}
         try:
             with _aside(self._backend):
@@ -77,6 +78,7 @@ class Live:
         except Stopped:
             return None
         except UserError as error:  # vectors that are not finite, images not to be read: the same on all ranks
+            self.missed = True
             if self._backend.process.first:
                 log.warning(f"step {step}: not evaluated: {error}")
         defined = {f"eval/{name}": value for name, value in figures.items() if value is not None}
@@ -112,7 +114,7 @@ class Live:
             told *= self._backend.process.world
             dist.all_gather_object(told, samples.failed, group=self._group)
         if any(told):
-            raise UserError(f"{next(filter(None, told))}. The next evaluation reads it again")
+            raise UserError(f"{next(filter(None, told))}. The next evaluation, or the same command, reads it again")
 
     def _knn(self, queries: Images) -> dict[str, float | None]:
         train, test = self._sets.train, self._sets.test

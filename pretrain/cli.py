@@ -47,7 +47,7 @@ def call(prog: str, module_name: str, argv: Sequence[str]) -> int:
     try:
         return int(module.run(args) or 0)
     except UserError as error:
-        return _complain(prog, str(error), error.exit_code)
+        return error.exit_code if error.told_already else _complain(prog, str(error), error.exit_code)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130

@@ -12,6 +12,8 @@ class UserError(Exception):
     """
 
     exit_code = REFUSED
+    told_already = False
+    """Another rank has told of it in the same words: nobody needs to read it again."""
 
     def __init__(self, *args: object, exit_code: int | None = None) -> None:
         super().__init__(*args)

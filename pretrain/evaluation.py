@@ -13,6 +13,9 @@ from pretrain.recipe import Recipe
 class LiveEvaluation(Protocol):
     """The evaluation that `recipe.evaluate` asks for, over the ranks of the run."""
 
+    missed: bool
+    """The newest gave no figures: its data could not be read, or its vectors were not finite."""
+
     def run(self, step: int, beat: Callable[[], None], stop: Callable[[], bool]) -> dict[str, float] | None:
         """Figures of the weights as they stand after `step` steps, by their names in the log (`eval/knn_top1`).
 

@@ -57,6 +57,7 @@ def run_world(world: int, main: Callable[..., int | None], *args: object) -> int
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     for stop in STOP_SIGNALS:
         signal.signal(stop, hand_on)
+    interrupt = signal.getsignal(signal.SIGINT)
     fork = multiprocessing.get_context("fork")
     for rank in range(world):
         whose = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -64,11 +65,14 @@ def run_world(world: int, main: Callable[..., int | None], *args: object) -> int
         ranks[-1].start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # from a terminal it reaches the ranks by itself
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    return _wait(ranks, handed_on)
+    code = _wait(ranks, handed_on)
+    signal.signal(signal.SIGINT, interrupt)
+    return code
 
 
 def _be_rank(environment: Mapping[str, str], parent: int, main: Callable[..., int | None], args: Sequence) -> None:
     """What a rank does, from its birth to its exit code."""
+    atexit._clear()  # what the parent is to do at its end
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the call above
         os._exit(1)
@@ -80,7 +84,7 @@ def _be_rank(environment: Mapping[str, str], parent: int, main: Callable[..., in
     try:
         sys.exit(main(*args))
     finally:
-        atexit._run_exitfuncs()  # multiprocessing ends its children without
+        atexit._run_exitfuncs()  # multiprocessing ends its children without that
 
 
 def _wait(ranks: list[BaseProcess], handed_on: set[int]) -> int:

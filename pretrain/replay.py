@@ -79,10 +79,12 @@ def replay(run: Path, step: int, *, advance: bool = False) -> Replayed:
     if not 1 <= step <= total:
         raise UserError(f"step {step} is outside the run: it has steps 1 to {total}")
     index = step - 1  # what the order, the reader and the checkpoints count: steps done before this one
-    checkpoint = find_latest(folder.saves(recipe), at_most=index)
-    if checkpoint is None and not advance:
+    places = folder.places(recipe)
+    found = [saved for place in places if (saved := find_latest(place, at_most=index)) is not None]
+    checkpoint = max(found, key=lambda saved: saved.step, default=None)
+    if checkpoint is None and index and not advance:
         raise UserError(
-            f"{folder.saves(recipe)} holds no checkpoint from before step {step}; "
+            f"{', '.join(map(str, places))}: no checkpoint from before step {step}; "
             f"--advance trains up to it from nothing"
         )
     state = _State(recipe, order.samples, checkpoint)

@@ -93,8 +93,12 @@ class RunFolder:
                 if owners(to) <= {self.id()}:
                     places.append(to)
             except CheckpointError as error:
-                if (self.last_saved() or 0) > max((step for place in places for step in step_dirs(place)), default=0):
-                    raise
+                saved, found = self.last_saved() or 0, max((s for p in places for s in step_dirs(p)), default=0)
+                if saved > found and saved != recipe.checkpoint.lost:
+                    raise UserError(
+                        f"{self.path}: its log tells of a checkpoint of step {saved}, which may be in {to}, where an "
+                        f"earlier start saved: {error}. If it is lost for good: checkpoint.lost={saved}"
+                    ) from None
                 log.warning("not looked for earlier checkpoints: %s", error)
         return places
 
@@ -107,12 +111,18 @@ class RunFolder:
         return any(MANIFEST in folder.names() for folder in folders)
 
     def last_saved(self) -> int | None:
-        """The step of the newest checkpoint that the log tells of."""
+        """The step of the checkpoint that the run saved, or went on from, last by its log."""
         from pretrain.telemetry import read_events
 
         if not self.log_file.is_file():
             return None
-        return max((event["step"] for event in read_events(self.log_file) if event["event"] == "save"), default=None)
+        steps = [event["step"] for event in read_events(self.log_file) if event["event"] in ("save", "resume")]
+        return steps[-1] if steps else None
+
+    def replay_command(self, step: int) -> str:
+        """What shows the step that the log calls `step`, as it can be typed."""
+        from_nothing = " --advance" if step > 1 and self.last_saved() is None else ""
+        return f"`polyview replay {self.path} --step {step}{from_nothing}`"
 
     def id(self) -> str | None:
         """What tells this run from all others."""
@@ -148,12 +158,13 @@ class RunFolder:
             raise self._full(error) from None
 
     def ended(self, how: str) -> None:
-        """Note that the newest start ended as it should: done, stopped by a signal, rewound; called by rank 0."""
+        """Note how the newest start ended, so that it is no crash: done, stopped by a signal, rewound, unevaluated, or
+        refused, which any rank may note."""
         *before, newest = self.starts()
         try:
             write_text(self.starts_file, json.dumps([*before, {**newest, "ended": how}], indent=1) + "\n")
         except OSError as error:  # the disk is full: what was trained is saved
-            log.warning("%s: that the run has %s is not noted (%s)", self.starts_file, how, error.strerror)
+            log.warning("%s: that the run ended so, %s, is not noted (%s)", self.starts_file, how, error.strerror)
 
     def skips(self) -> list[SegmentRecipe]:
         """Stretches of data that rewinds have left out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from pretrain import crash_loop
 from pretrain.check.fit import resolve_local_batch
 from pretrain.checkpoint import Checkpoint, CheckpointWriter, new_attempt, newest_whole
+from pretrain.checkpoint.layout import step_dirs
 from pretrain.data import open_data
 from pretrain.distributed.process import Process
 from pretrain.errors import UserError
@@ -26,6 +28,7 @@ from pretrain.telemetry.heartbeat import Heartbeat
 from pretrain.trainer import Trainer
 from pretrain.views.text import build_tokenizer
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -58,6 +61,11 @@ def set_up(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
     crash_loop.check(folder.path, starts, start, faults.max_crashes)
     if start > total or (start == total and starts and starts[-1].get("ended") == "done"):
         return None
+    if process.first:
+        if changed:
+            log.info(f"{recipe.name}: changed since the last start: {'; '.join(changed)}")
+        begun = {"from_step": start, "changed": changed, "world": process.world, "backend": recipe.backend}
+        folder.begin(recipe, {**provenance(), **begun})
     parts = assemble(recipe, order.samples, process, checkpoint)
     joint = parts.joint
     evaluation = live_evaluation(recipe, parts.backend)
@@ -107,9 +115,6 @@ def set_up(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
     )  # fmt: skip
     cleanup.callback(trainer.profile.stop)
     cleanup.enter_context(trainer.listening())
-    if process.first:  # last: a start that is refused is none, and a signal from here on is no crash
-        begun = {"from_step": start, "changed": changed, "world": process.world, "backend": parts.backend.describe()}
-        folder.begin(recipe, {**provenance(), **begun})
     trainer.announce()
     return trainer
 
@@ -122,13 +127,16 @@ def newest_saved(recipe: Recipe, process: Process, folder: RunFolder) -> Checkpo
     """
     places, saved = _by_first(lambda: (folder.places(recipe), folder.last_saved()), process)
     newest = newest_whole(*places)
-    if newest is None and saved is not None:
-        raise UserError(
-            f"{folder.path}: its log tells of a checkpoint of step {saved}, and there is none in "
-            f"{', '.join(map(str, places))}. Put it back, or say in checkpoint.to where it is; to begin anew, give "
-            f"another output"
-        )
-    return newest
+    if saved in (None, recipe.checkpoint.lost) or (newest is not None and newest.step >= saved):
+        return newest
+    if newest is not None and _by_first(lambda: any(saved in step_dirs(place) for place in places), process):
+        return newest  # the one saved last is there, and damaged
+    older = f"to go on from step {newest.step}" if newest else "to begin anew in this folder, not in another output"
+    raise UserError(
+        f"{folder.path}: its log tells of a checkpoint of step {saved}, and there is none in "
+        f"{', '.join(map(str, places))}. Put it back, or say in checkpoint.to where it is. If it is lost for good, "
+        f"{older}: checkpoint.lost={saved}"
+    )
 
 
 def _close(writer: CheckpointWriter, error: type[BaseException] | None) -> None:

@@ -51,27 +51,26 @@ def train(recipe: Recipe, process: Process) -> bool:
 
 
 def _start(recipe: Recipe, process: Process, folder: RunFolder, raised: set[str]) -> bool:
-    with ExitStack() as cleanup:
-        with memory_explained(recipe, process, folder.path):
-            run = set_up(recipe, process, folder, cleanup, raised)
+    before = len(folder.starts())
+    with ExitStack() as cleanup, _refusal_noted(folder, before), memory_explained(recipe, process, folder.path):
+        run = set_up(recipe, process, folder, cleanup, raised)
         if run is not None:
-            with _refusal_noted(folder), memory_explained(recipe, process, folder.path):
-                return _loop(run, cleanup.enter_context(collected_together()))
+            return _loop(run, cleanup.enter_context(collected_together()))
     if process.first:
         log.info(f"{recipe.name}: already trained to its last step; more of them (steps=…) would go on from there")
     return True
 
 
 @contextmanager
-def _refusal_noted(folder: RunFolder) -> Iterator[None]:
+def _refusal_noted(folder: RunFolder, before: int = 0) -> Iterator[None]:
     """Within: what a person must put right first, or broke off, is noted: it is no crash (`pretrain.crash_loop`).
 
-    By whichever rank met it, since the others only lose that one.
+    By whichever rank met it, since the others only lose that one; of a start that has begun, when there were `before`.
     """
     try:
         yield
     except (UserError, KeyboardInterrupt) as error:
-        if folder.starts() and (isinstance(error, KeyboardInterrupt) or error.exit_code in FINAL):
+        if len(folder.starts()) > before and (isinstance(error, KeyboardInterrupt) or error.exit_code in FINAL):
             folder.ended("refused")
         raise
 
@@ -88,7 +87,7 @@ def _loop(run: Trainer, collect: Callable[[int], None]) -> bool:
         done = batch.step + 1
         first, last = done == run.start + 1, done == run.total
 
-        # ---- save; training waits for the copy only
+        # ---- save; training waits for the copy, and for the save before
         if first:
             if run.process.first:  # who logs
                 run.clock.needs(step_flops(recipe, run.order.samples, batch))
@@ -128,7 +127,7 @@ def _leave_out(folder: RunFolder, rewind: Rewind, recipe: Recipe, process: Proce
     if len(folder.skips()) >= most:
         raise UserError(
             f"{rewind}. Rewound faults.max_nan={most} times already; lower optimizer.lr or set optimizer.clip_norm, "
-            f"or look at the data: `polyview replay {folder.path} --step {rewind.step + 1}`",
+            f"or look at the data: {folder.replay_command(rewind.step + 1)}",
             exit_code=NOT_FINITE,
         )
     newest = newest_saved(recipe, process, folder)  # the very one that the next start will find

@@ -141,7 +141,7 @@ class Trainer:
             return Rewind(step, error)
         return UserError(
             f"step {step + 1}: {error}. No weight was touched. "
-            f"`polyview replay {self.folder.path} --step {step + 1}` shows the batch and the loss of each sample; "
+            f"{self.folder.replay_command(step + 1)} shows the batch and the loss of each sample; "
             f"lower optimizer.lr or set optimizer.clip_norm; the same command resumes from the newest checkpoint. "
             f"faults.nan=skip leaves such steps out, faults.nan=rewind goes back and on without the data",
             exit_code=NOT_FINITE,
@@ -151,17 +151,17 @@ class Trainer:
         self.log.event("overflow" if overflowed else "left-out", step=step + 1)
         if overflowed:
             return  # fp16 finding its scale
-        self.left_out += 1
         most = self.recipe.faults.max_nan
-        if self.process.first:
-            log.warning(f"step {step + 1} is not finite: left out ({self.left_out} of at most {most})")
-        if self.left_out > most:
+        if self.left_out == most:
             raise UserError(
-                f"step {step + 1}: more than faults.max_nan={most} steps of this run were not finite; lower "
-                f"optimizer.lr or set optimizer.clip_norm. No weight was touched by them. To go on all the same: "
-                f"faults.max_nan={most + 1} or more",
+                f"step {step + 1} is not finite, and faults.max_nan={most} steps of this run were left out already: "
+                f"the weights may have gone astray before. Lower optimizer.lr or set optimizer.clip_norm, and go on "
+                f"from a checkpoint before the first of them, or give a larger faults.max_nan",
                 exit_code=NOT_FINITE,
             )
+        self.left_out += 1
+        if self.process.first:
+            log.warning(f"step {step + 1} is not finite: left out ({self.left_out} of at most {most})")
 
     # ---- log
 
@@ -197,7 +197,7 @@ class Trainer:
     # ---- save and end
 
     def save(self, step: int) -> None:
-        """Hand step's state to the writer; training waits for the copy only."""
+        """Hand step's state to the writer; training waits for the copy, and for the save before on every rank."""
         self.at(step - 1, "save")
         meta = {
             "recipe": self.recipe.model_dump(mode="json"),
@@ -268,7 +268,8 @@ class Trainer:
         self.saved_and_stopped = stopped
         self.log.event("stop" if stopped else "end")
         if self.page:  # the first rank
-            self.folder.ended("stopped" if stopped else "done")
+            missed = self.evaluation is not None and self.evaluation.missed
+            self.folder.ended("stopped" if stopped else "unevaluated" if missed else "done")
             self.page.write(now=True)
         if self.page and stopped:
             log.warning("stopped by a signal and saved; the same command goes on from there")

@@ -87,7 +87,8 @@ class DDP(Backend):
         load_optimizer("optim", self._optimizer, dict(self.trunk.named_parameters()), checkpoint)
 
     def describe(self) -> str:
-        return f"{type(self._wrapped).__name__} on {self.process.world} x {self.process.device.type}"
+        name = "PyTorch" if self._wrapped is self.trunk else type(self._wrapped).__name__
+        return f"{name} on {self.process.world} x {self.process.device.type}"
 
 
 def _wrap(trunk: nn.Module, device: torch.device) -> DistributedDataParallel:

@@ -90,8 +90,9 @@ def _look(folder: str, rank: int, world: int) -> tuple[Checkpoint | None, _Seen]
         return None, _Seen(None, str(error), unreadable=True)
     except CheckpointError as error:
         return None, _Seen(None, str(error))
-    except Exception as error:  # whatever it is, the others wait to hear of it; the bytes are not to blame
-        return None, _Seen(None, f"{folder}: {error!r}", unreadable=True)
+    except Exception as error:  # whatever it is, the others wait to hear of it
+        # the bytes are not to blame for a machine's failure
+        return None, _Seen(None, f"{folder}: {error!r}", unreadable=isinstance(error, (OSError, MemoryError)))
 
 
 def _fault(seen: list[_Seen]) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from contextlib import suppress
+from pathlib import Path
 
 from pretrain.checkpoint.errors import CheckpointError
 from pretrain.checkpoint.layout import step_dirs
@@ -31,7 +32,9 @@ def claim(root: Where, run: str, told: dict[str, str]) -> None:
     store = open_store(root)
     before = owners(store)
     others = before - {run} if before else _writer(store) - {run}
-    if not others and run not in before:
+    if run in before:
+        _refuse_copy(store, run, told)
+    elif not others:
         store.write(_name(run), [json.dumps(told).encode()])
         store.settle()
         others = owners(store) - {run}
@@ -39,6 +42,17 @@ def claim(root: Where, run: str, told: dict[str, str]) -> None:
             store.remove([_name(run)])
     if others:
         raise CheckpointError(_refusal(store, min(others)))
+
+
+def _refuse_copy(store: Store, run: str, told: dict[str, str]) -> None:
+    """A run folder that was copied has the id of the first, and would take away its checkpoints."""
+    first = _told(store, run).get("output", told["output"])
+    with suppress(OSError):
+        if first != told["output"] and (Path(first) / "run_id").read_text().strip() == run:
+            raise CheckpointError(
+                f"{store} is where {first} keeps its checkpoints, and {told['output']} is a copy of that run "
+                f"(id {run}). Give the copy a checkpoint.to of its own and remove its file run_id"
+            )
 
 
 def owners(root: Where) -> set[str]:
@@ -60,12 +74,17 @@ def _writer(store: Store) -> set[str]:
 
 
 def _refusal(store: Store, run: str) -> str:
-    told = ""
-    with suppress(OSError, ValueError, AttributeError):
-        found = json.loads(store.read(_name(run)))
-        told = "".join(f", {name} {value}" for name, value in found.items())
+    told = "".join(f", {name} {value}" for name, value in _told(store, run).items())
     return (
         f"{store} is where another run keeps its checkpoints (id {run}{told}). Give this one a place of its own, "
         f"checkpoint.to={store}/NAME. If it is that very run, and its folder is lost, write the id into the file "
-        f"run_id of the new folder"
+        f"run_id of the new folder; to begin anew in that place, empty it, {_name(run)} too"
     )
+
+
+def _told(store: Store, run: str) -> dict[str, str]:
+    """What the claim of `run` tells of it."""
+    with suppress(OSError, ValueError):
+        if isinstance(found := json.loads(store.read(_name(run))), dict):
+            return found
+    return {}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
-
+from pretrain.checkpoint.claim import owners
 from pretrain.checkpoint.errors import CheckpointError, CheckpointUnreadableError
 from pretrain.checkpoint.layout import MANIFEST, step_dirs
 from pretrain.checkpoint.patience import patiently, unreadable
@@ -16,7 +16,8 @@ from pretrain.checkpoint.store import Store, Where, open_store
 
 log = logging.getLogger(__name__)
 
-_RECIPE = "recipe.yaml"  # of a run folder; its checkpoint.to says where else the checkpoints are
+_ID = "run_id"
+_STARTS = "run.json"  # of a run folder: where else each start of it has saved
 
 
 def open_checkpoint(where: Where) -> Checkpoint:
@@ -29,8 +30,8 @@ def open_checkpoint(where: Where) -> Checkpoint:
 def find_checkpoint(where: Where) -> Checkpoint:
     """The newest whole checkpoint of a run folder or a checkpoints folder, or the one in one step's folder.
 
-    `where` may be a URL. A run folder is followed to wherever its recipe sends its checkpoints. Raises CheckpointError
-    when there is none.
+    `where` may be a URL. A run folder is followed to wherever its starts have sent their checkpoints. Raises
+    CheckpointError when there is none.
     """
     store = open_store(where)
     try:
@@ -43,28 +44,28 @@ def find_checkpoint(where: Where) -> Checkpoint:
         )
     if MANIFEST in names or store.name.startswith("step_"):
         return open_checkpoint(store)
-    for place in _places(store, names):
-        found = find_latest(place)
-        if found is not None:
-            return found
+    found = [checkpoint for place in _places(store, names) if (checkpoint := find_latest(place)) is not None]
+    if found:
+        return max(found, key=lambda checkpoint: checkpoint.step)
     raise CheckpointError(
         f"{store} holds no whole checkpoint; give a run folder, its checkpoints folder, or one step's"
     )
 
 
 def _places(store: Store, names: set[str]) -> Iterator[Where]:
-    """Where a folder's checkpoints may be."""
-    if _RECIPE in names and (elsewhere := _sent_to(store)):
-        yield elsewhere
+    """Where a folder's checkpoints may be, but for what is another run's by now."""
     yield store / "checkpoints" if "checkpoints" in names else store
+    if _STARTS in names:
+        run = store.read(_ID).decode().strip() if _ID in names else None
+        yield from (to for to in _sent_to(store) if owners(to) <= {run})
 
 
-def _sent_to(run: Store) -> str | None:
+def _sent_to(run: Store) -> list[str]:
     try:
-        recipe: Any = yaml.safe_load(run.read(_RECIPE))
-        return recipe["checkpoint"]["to"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return None  # no recipe of ours: the folder may hold checkpoints all the same
+        starts: Any = json.loads(run.read(_STARTS))
+        return list(dict.fromkeys(start["to"] for start in starts if "to" in start))
+    except (OSError, ValueError, TypeError):
+        return []  # no run of ours: the folder may hold checkpoints all the same
 
 
 def find_latest(root: Where, *, verify: bool = False, at_most: int | None = None) -> Checkpoint | None:

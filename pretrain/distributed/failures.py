@@ -4,12 +4,16 @@ any other error of a rank, with its place."""
 from __future__ import annotations
 
 import platform
+import sysconfig
 import traceback
 from pathlib import Path
 from typing import NamedTuple
 
 from pretrain.errors import UserError
 from pretrain.exit_codes import CRASHED, HUNG, LOST
+
+_HERE = Path(__file__).parents[1]
+_PYTHON = sysconfig.get_path("stdlib")
 
 
 class _Failure(NamedTuple):
@@ -59,7 +63,7 @@ _FAILURES = (
             "communicator was aborted",
             "ncclRemoteError",
         ),
-        "it lost another rank, which ended first: its own message says why",
+        "it lost another rank, which ended first: its own message says why, unless it was killed",
         LOST,
     ),
     _Failure(
@@ -79,6 +83,8 @@ def explained(error: RuntimeError, rank: int, device: str) -> UserError | None:
         if any(sign in text for sign in failure.signs):
             host = platform.node()
             told = failure.told.format(host=host, gpu=device.removeprefix("cuda:"))
+            if failure.exit_code == LOST:  # how the line broke tells nothing
+                return UserError(f"rank {rank} on {host}: {told}", exit_code=LOST)
             said = text.strip().splitlines()[0]
             return UserError(f"rank {rank} on {host}: {told}. ({said}{place(error)})", exit_code=failure.exit_code)
     return None
@@ -90,8 +96,14 @@ def crashed(error: Exception, rank: int, *, whole: bool) -> UserError:
     return UserError(said + f"\n{''.join(traceback.format_exception(error))}" * whole, exit_code=CRASHED)
 
 
+def _is_own(file: Path) -> bool:
+    """Neither Python's nor an installed package's, but for this one."""
+    others = {"site-packages", "dist-packages"} & set(file.parts) or file.is_relative_to(_PYTHON)
+    return file.is_relative_to(_HERE) or not (others or file.name.startswith("<frozen"))
+
+
 def place(error: Exception) -> str:
     """Where `error` was raised, as ", file:line in function": the innermost line of ours or of a plug-in, if any."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "site-packages" not in Path(frame.filename).parts]
+    own = [frame for frame in frames if _is_own(Path(frame.filename))]
     return "".join(f", {f.filename}:{f.lineno} in {f.name}" for f in (own or frames)[-1:])

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from pretrain.distributed.failures import crashed, explained
 from pretrain.errors import UserError
+from pretrain.exit_codes import LOST
 
 STARTING = 4
 """Times `faults.hang_s` that a start and its first step may take: they load, verify, compile."""
@@ -93,11 +94,15 @@ def process_group(hang_s: float | None = None) -> Iterator[Process]:
             store = dist.PrefixStore("default_pg", store)  # as torch does itself
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         yield Process(rank, world, local_rank, device)
-    except UserError:
+    except UserError as error:
+        error.told_already = not _is_first(store, str(error))
         raise
     except Exception as error:
         told = explained(error, rank, str(device)) if isinstance(error, RuntimeError) else None
-        raise told or crashed(error, rank, whole=_is_first_crash(store)) from error
+        if told is None:
+            raise crashed(error, rank, whole=_is_first(store, "crashed")) from error
+        told.told_already = told.exit_code == LOST and not _is_first(store, "lost")
+        raise told from error
     finally:
         if before is None:
             del os.environ["LOCAL_RANK"]
@@ -105,12 +110,12 @@ def process_group(hang_s: float | None = None) -> Iterator[Process]:
             dist.destroy_process_group()
 
 
-def _is_first_crash(store: dist.Store | None) -> bool:
-    """Whether no other rank came to tell of its crash before."""
+def _is_first(store: dist.Store | None, what: str) -> bool:
+    """Whether no other rank has come to tell of the same before."""
     if store is None:
         return True
     try:
         store.set_timeout(datetime.timedelta(seconds=STORE_S))
-        return store.add("crashed", 1) == 1
+        return store.add(f"told: {what}", 1) == 1
     except RuntimeError:  # the rank that holds the store is gone, and told why
         return False

@@ -20,7 +20,10 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         UserError: no such recipe, not YAML, an unknown key (with the nearest name), a wrong value.
     """
-    text, where = _read(path)
+    try:
+        text, where = _read(path)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a recipe: it is no text ({error})") from None
     try:
         data = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:

@@ -68,8 +68,11 @@ class CheckpointRecipe(Part):
     keep_every: int | None = Field(default=None, ge=1)
     """Steps that are multiples of this are kept for good."""
     to: str | None = None
-    """Another folder, or a URL that fsspec opens (`s3://bucket/run`, `gs://…`); null: `checkpoints` in the run's own
-    folder."""
+    """Another folder, or a URL that fsspec opens (`s3://bucket/run`, `gs://…`), for this run alone; null: `checkpoints`
+    in the run's own folder."""
+    lost: int | None = Field(default=None, ge=1)
+    """The step of a checkpoint that is lost for good: the run goes on from the one before. Without this it does not, as
+    long as its log tells of one that is nowhere to be found."""
 
 
 class WandbRecipe(Part):

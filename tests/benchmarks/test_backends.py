@@ -7,7 +7,7 @@ from benchmarks.resharding import BAR, matrix
 from pretrain.backend_names import BACKENDS
 
 ENGINES = (
-    "Trunk on 1", "DistributedDataParallel on 2", "FSDP2 on 2", "DeepSpeed ZeRO-1", "DeepSpeed ZeRO-2",
+    "PyTorch on 1", "DistributedDataParallel on 2", "FSDP2 on 2", "DeepSpeed ZeRO-1", "DeepSpeed ZeRO-2",
     "DeepSpeed ZeRO-3",
 )  # fmt: skip
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from downstream.live import Live
+from pretrain import setup
 from pretrain.distributed.process import Process
+from pretrain.errors import UserError
 from pretrain.exit_codes import CRASH_LOOP, CRASHED, DONE, NOT_FINITE, REFUSED
 from pretrain.recipe import parse_recipe
 from pretrain.step import Step
@@ -64,6 +66,30 @@ def test_only_crashes_are_counted_as_crashes(tmp_path, shards, monkeypatch, caps
     assert train_here(recipe, "faults.max_crashes=3", "faults.nan=skip") == DONE
 
 
+def test_a_crash_before_the_first_step_counts_too(tmp_path, shards, monkeypatch):
+    data = recipe_data(shards, tmp_path / "run", faults={"max_crashes": 1})
+    recipe = write_recipe(tmp_path / "r.yaml", data)
+    with monkeypatch.context() as patched:
+        patched.setattr(setup, "assemble", broken)
+        assert train_here(recipe) == CRASHED
+    assert train_here(recipe) == CRASH_LOOP
+
+
+def test_a_last_evaluation_that_could_not_be_read_is_done_by_the_next_start(tmp_path, shards, monkeypatch):
+    def away(_: Live) -> Any:
+        raise UserError("the disk is away")
+
+    evaluate = {"every": 8, "shards": str(shards), "train": str(shards), "tasks": ["knn"]}
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_data(shards, tmp_path / "run", evaluate=evaluate))
+    with monkeypatch.context() as patched:
+        patched.setattr(Live, "_figures", away)
+        assert train_here(recipe) == DONE
+    assert starts(tmp_path / "run") == ["unevaluated"]
+    assert train_here(recipe) == train_here(recipe) == DONE
+    assert starts(tmp_path / "run") == ["unevaluated", "done"]
+    assert "eval/knn_top1" in read_log(tmp_path / "run")[-1]
+
+
 def test_steps_left_out_are_counted_over_the_starts_of_a_run(tmp_path, shards, capsys):
     """The sample comes in each of two epochs; the run is taken up between them, and from the step before the first."""
     objectives = {"tests.poison": {"sample": sample_of(shards, 3), "epoch": None}}
@@ -71,7 +97,7 @@ def test_steps_left_out_are_counted_over_the_starts_of_a_run(tmp_path, shards, c
     recipe = write_recipe(tmp_path / "r.yaml", data)
     assert train_here(recipe) == DONE
     assert train_here(recipe, "steps=10") == NOT_FINITE
-    assert "more than faults.max_nan=1 steps of this run were not finite" in capsys.readouterr().err
+    assert "faults.max_nan=1 steps of this run were left out already" in capsys.readouterr().err
     assert train_here(recipe, "steps=10", "faults.max_nan=2") == DONE
     assert len({e["step"] for e in read_events(tmp_path / "run") if e["event"] == "left-out"}) == 2
 

@@ -138,7 +138,10 @@ def test_a_loss_that_is_nan_on_one_rank_alone_is_so_on_all(tmp_path, shards, wor
 
 def test_too_many_are_refused(tmp_path, shards, capsys):
     everywhere = {"optimizer": {"lr": 1e18}, "model": RESNET}
-    for nan, told in (("skip", "more than faults.max_nan=2"), ("rewind", "Rewound faults.max_nan=2 times already")):
+    for nan, told in (
+        ("skip", "faults.max_nan=2 steps of this run were left"),
+        ("rewind", "Rewound faults.max_nan=2 times already"),
+    ):
         data = recipe_data(shards, tmp_path / nan, faults={"nan": nan, "max_nan": 2}, **everywhere)
         assert train_here(write_recipe(tmp_path / f"{nan}.yaml", data)) == NOT_FINITE
         assert told in capsys.readouterr().err

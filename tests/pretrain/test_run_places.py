@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.checkpoint import commit
+from pretrain.checkpoint import commit, find_checkpoint
 from pretrain.checkpoint.layout import step_dirs
 from pretrain.distributed.process import Process
 from pretrain.recipe import parse_recipe
@@ -39,8 +39,13 @@ def test_a_run_goes_on_wherever_it_has_saved(tmp_path, shards, capsys, monkeypat
     assert train_here(recipe, "steps=4", f"{to}{tmp_path / 'second'}") == 0
     assert train_here(recipe, "steps=6") == 0
     assert resumed(run) == [2, 4]
+    assert find_checkpoint(run).step == 6
     shutil.rmtree(run / "checkpoints")
-    assert train_here(recipe, "steps=6", f"{to}{tmp_path / 'third'}") == 0
+    third = f"{to}{tmp_path / 'third'}"
+    assert train_here(recipe, "steps=6", third) == 2
+    assert "to go on from step 4: checkpoint.lost=6" in capsys.readouterr().err
+    assert find_checkpoint(run).step == 4  # relative to where its start was, wherever we are
+    assert train_here(recipe, "steps=6", third, "checkpoint.lost=6") == 0
     assert resumed(run) == [2, 4, 4]
 
     for place in ("first", "second", "third"):
@@ -52,6 +57,22 @@ def test_a_run_goes_on_wherever_it_has_saved(tmp_path, shards, capsys, monkeypat
     assert all(str(tmp_path / place) in told for place in ("run/checkpoints", "first", "second", "third"))
     assert "another output" in told
     assert (run / "run.json").read_text() == before
+
+
+def test_a_copied_run_takes_nothing_from_the_first(tmp_path, shards, capsys):
+    changes = {"checkpoint": {"to": str(tmp_path / "to"), "keep_last": 1}}
+    one, two = (
+        str(write_recipe(tmp_path / f"{name}.yaml", recipe_data(shards, tmp_path / name, **changes)))
+        for name in ("one", "two")
+    )
+    assert train_here(one, "steps=2") == 0
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert train_here(two, "steps=4") == 2
+    assert f"{tmp_path / 'two'} is a copy of that run" in capsys.readouterr().err
+    assert list(step_dirs(tmp_path / "to")) == [2]
+    shutil.rmtree(tmp_path / "one")  # it was moved, not copied
+    assert train_here(two, "steps=4") == 0
+    assert resumed(tmp_path / "two") == [2]
 
 
 def test_two_runs_do_not_share_a_place(tmp_path, shards, capsys):

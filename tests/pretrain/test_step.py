@@ -243,7 +243,7 @@ def test_bf16_is_what_the_towers_compute_in_and_fp32_what_they_hand_over():
 
 def test_the_backend_that_runs_is_the_one_named():
     assert run_ranks(which, 2) == ["DistributedDataParallel on 2 x cpu"] * 2
-    assert which(0, 1) == "Trunk on 1 x cpu"
+    assert which(0, 1) == "PyTorch on 1 x cpu"
 
 
 def which(rank: int, world: int) -> str:
