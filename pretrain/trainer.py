@@ -233,7 +233,10 @@ class Trainer:
             return {}
         self.at(done - 1, "evaluate")
         beat = partial(self.heart.at, done - 1, "evaluate")
-        return self.evaluation.run(done, beat, self._stopping)
+        figures = self.evaluation.run(done, beat, self._stopping)
+        if figures and self.process.first:
+            log.info(f"step {done}: " + ", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
+        return figures
 
     def _stopping(self) -> bool:
         return "stop" in self.flags.exchange(self.raised)
@@ -305,6 +308,7 @@ class Trainer:
             f"{self.recipe.name}: {begun} {self.total} steps, {self.order.samples:,} samples, "
             f"batch {self.recipe.global_batch}, {self.parts.parameters / 1e6:.1f} M parameters, "
             f"{self.parts.backend.describe()}, into {self.folder.path}"
+            + (f", checkpoints into {self.folder.saves(self.recipe)}" if self.recipe.checkpoint.to else "")
         )
 
 
