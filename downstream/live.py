@@ -56,8 +56,7 @@ class Live:
 
     def __init__(self, recipe: Recipe, asked: EvaluateRecipe, backend: Backend) -> None:
         if asked.weights not in backend.weights():
-            keep = "set ema: {}" if asked.weights == "ema" else "no objective of the recipe has a momentum teacher"
-            raise UserError(f"evaluate.weights: {asked.weights} is not kept in this run ({keep})")
+            raise UserError("evaluate.weights: teacher: no objective of the recipe has a momentum teacher")
         self._tasks, self._backend = asked.tasks, backend
         self._group = cpu_group() if backend.process.world > 1 else None
         self._sets = open_sets(recipe, asked)

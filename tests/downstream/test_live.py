@@ -267,8 +267,7 @@ def test_weights_that_give_no_numbers_end_no_training(root: Path, caplog) -> Non
             r"evaluate\.shards: .*class 7, but there are 2",
         ),
         ({"tasks": ["retrieval", "zeroshot"]}, VIT | {"text": None}, r"evaluate\.tasks: retrieval and zeroshot need"),
-        ({"weights": "ema"}, VIT, r"evaluate\.weights: ema is not kept in this run \(set ema: \{\}\)"),
-        ({"weights": "teacher"}, VIT, r"evaluate\.weights: teacher is not kept"),
+        ({"weights": "teacher"}, VIT, r"evaluate\.weights: teacher: no objective"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_training(root: Path, changes, model, message: str) -> None:

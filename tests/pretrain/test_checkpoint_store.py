@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import urllib.request
@@ -12,7 +13,6 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
-import yaml
 
 from pretrain.checkpoint import (
     CheckpointDiskError,
@@ -172,7 +172,7 @@ def test_a_run_is_found_wherever_it_keeps_its_checkpoints(root: str, tmp_path: P
     check(find_checkpoint(Path(root)), state)  # as a command line's argument comes, with one slash left
     run = tmp_path / "run"
     run.mkdir()
-    (run / "recipe.yaml").write_text(yaml.safe_dump({"checkpoint": {"to": f"{root}/checkpoints"}}))
+    (run / "run.json").write_text(json.dumps([{"to": f"{root}/checkpoints"}]))
     assert str(find_checkpoint(run).path) == f"{root}/checkpoints/step_00000003"
 
 

@@ -81,6 +81,6 @@ def test_what_cannot_be_replayed_is_said(run, tmp_path):
     with pytest.raises(UserError, match="steps 1 to 6"):
         replay(run, 7)
     with pytest.raises(UserError, match="--advance"):
-        replay(run, 1)
+        replay(run, 2)
     with pytest.raises(UserError, match="is not a run"):
         replay(tmp_path, 1)
