@@ -8,7 +8,8 @@ begins with the disk's caches flushed and nothing else being written. Seconds ar
 (what the step waits for) and CPU (for machines that are shared). The peer is torch.save at its best case, no
 fsync; with fsync it promises what ours does.
 
-"steady" is any save but the first; "steady, URL" is one to an object store (`--to`; by default fsspec's in this
+"bare copy" is the state copied to warm memory and nothing else: no save that lets training go on at once can hold it
+for less. "steady" is any save but the first; "steady, URL" is one to an object store (`--to`; by default fsspec's in this
 process's memory), which is sent once the step goes on; "first" is a run's first, after
 `CheckpointWriter.reserve`; "first, cold" is without it, and pays for touching new memory. "written" is until the
 commit, fsync and checksums included: the thread's time, which training does not wait for.
@@ -104,9 +105,11 @@ def main(args: argparse.Namespace) -> None:
         stored.save(0, fragments, {})
         stored.wait()
         torch.save(state, root / "peer.pt")  # a warm-up for both
+        host = {name: tensor.clone() for name, tensor in state.items()}
         for step in range(1, 2 * args.rounds, 2):
             timed("torch.save", lambda: torch.save(state, root / "peer.pt"))
             timed("torch.save + fsync", lambda: durable_peer(state, root / "peer.pt"))
+            timed("bare copy", lambda: [host[name].copy_(tensor) for name, tensor in state.items()])
             timed("steady", lambda: writer.save(step, fragments, {}))  # noqa: B023
             writer.wait()
             timed("steady, URL", lambda: stored.save(step, fragments, {}))  # noqa: B023
