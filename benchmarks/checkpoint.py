@@ -9,7 +9,7 @@ begins with the disk's caches flushed and nothing else being written. Seconds ar
 fsync; with fsync it promises what ours does.
 
 "bare copy" is the state copied to warm memory and nothing else: no save that lets training go on at once can hold it
-for less. "steady" is any save but the first; "steady, URL" is one to an object store (`--to`; by default fsspec's in this
+for less. "steady" is any save but the first; "steady, URL" is one to an object store (`--to`; by default in this
 process's memory), which is sent once the step goes on; "first" is a run's first, after
 `CheckpointWriter.reserve`; "first, cold" is without it, and pays for touching new memory. "written" is until the
 commit, fsync and checksums included: the thread's time, which training does not wait for.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from downstream.features import Batch, Texts, decoded, read_captions
 from downstream.samples import Samples
 from downstream.weights import Towers
 from pretrain.errors import UserError
+from pretrain.patience import patiently
 from pretrain.recipe import Recipe
 from pretrain.recipe.run import EvaluateRecipe
 from pretrain.views.decode import DamagedSample
@@ -21,9 +21,6 @@ from pretrain.views.decode import DamagedSample
 KEPT_BYTES = 1 << 30
 """Decoded images that a rank keeps of a source: 7,000 of 224 x 224, so 5,000 fit on one rank. Others are decoded at
 each evaluation."""
-
-AGAIN_AFTER_S = (1.0, 4.0)
-"""Pauses before a read that failed is tried again."""
 
 
 class LiveSamples(Samples):
@@ -45,18 +42,20 @@ class LiveSamples(Samples):
         self.known = self.labels(range(len(self)))
 
     def image(self, sample: int) -> bytes:
-        for pause_s in (*AGAIN_AFTER_S, None):
-            if self.failed:  # the others are not waited for, too
-                break
+        if not self.failed:  # else the others are not waited for, too
             try:
-                return super().image(sample)
+                return patiently(self._opened_anew, sample)
             except (OSError, UserError) as error:  # a link, or a shard that changed: no reason to end the training
-                self.close()
-                if pause_s is None:
-                    self.failed = f"{self.source.shards[self._locate(sample)[0]]}: {error}"
-                else:
-                    time.sleep(pause_s)
+                self.failed = f"{self.source.shards[self._locate(sample)[0]]}: {error}"
         raise DamagedSample(self.failed)
+
+    def _opened_anew(self, sample: int) -> bytes:
+        """After a read that failed, from files that are opened again."""
+        try:
+            return super().image(sample)
+        except OSError:
+            self.close()
+            raise
 
     def leave_out(self, sample: int, reason: str) -> None:
         if not self.failed:

@@ -10,11 +10,11 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from pretrain.checkpoint.errors import CheckpointError
+from pretrain.checkpoint.errors import CheckpointError, unreadable
 from pretrain.checkpoint.layout import step_dirs
 from pretrain.checkpoint.manifest import read_manifest
-from pretrain.checkpoint.patience import patiently, unreadable
 from pretrain.checkpoint.store import Store, Where, open_store
+from pretrain.patience import patiently
 
 _CLAIM = re.compile(r"run-(.+)\.json")
 

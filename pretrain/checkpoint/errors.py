@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pretrain.errors import UserError
 from pretrain.exit_codes import CRASHED
+from pretrain.patience import NO_FILE
 
 
 class CheckpointError(UserError):
@@ -28,3 +29,13 @@ class CheckpointUnreadableError(CheckpointError):
 
 class CheckpointUncertainError(CheckpointError):
     """A manifest was sent, and whether it has arrived cannot be told: its data must stay."""
+
+
+def unreadable(what: str, error: OSError) -> CheckpointError:
+    """What to raise where `what` could not be read: damage where there is no such file, else nothing is known of it."""
+    if isinstance(error, NO_FILE):
+        return CheckpointError(f"{what} cannot be read ({error.strerror}); use another checkpoint")
+    return CheckpointUnreadableError(
+        f"{what} cannot be read ({error.strerror}): see that the place answers and may be read; what lies there is "
+        f"untouched, and the same command tries again"
+    )

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from pretrain.checkpoint.claim import owners
-from pretrain.checkpoint.errors import CheckpointError, CheckpointUnreadableError
+from pretrain.checkpoint.errors import CheckpointError, CheckpointUnreadableError, unreadable
 from pretrain.checkpoint.layout import MANIFEST, step_dirs
-from pretrain.checkpoint.patience import patiently, unreadable
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.checkpoint.store import Store, Where, open_store
+from pretrain.patience import patiently
 
 log = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import torch
 
-from pretrain.checkpoint.errors import CheckpointError
-from pretrain.checkpoint.patience import patiently, unreadable
+from pretrain.checkpoint.errors import CheckpointError, unreadable
 from pretrain.checkpoint.store import Store, Where, open_store
+from pretrain.patience import patiently
 
 MANIFEST = "manifest.json"
 DTYPES: dict[str, torch.dtype] = {

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pretrain.checkpoint.errors import CheckpointError, CheckpointTornError
+from pretrain.checkpoint.errors import CheckpointError, CheckpointTornError, unreadable
 from pretrain.checkpoint.layout import DTYPES, MANIFEST
-from pretrain.checkpoint.patience import patiently, unreadable
 from pretrain.checkpoint.store import Store
+from pretrain.patience import patiently
 
 FORMAT = "polyview-checkpoint"
 FORMAT_VERSION = 1

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.errors import CheckpointError
+from pretrain.checkpoint.errors import CheckpointError, unreadable
 from pretrain.checkpoint.layout import DTYPES, Placed, range_key, read_header
 from pretrain.checkpoint.manifest import Entry, Range, read_manifest
-from pretrain.checkpoint.patience import patiently, unreadable
 from pretrain.checkpoint.store import Store
+from pretrain.patience import patiently
 
 _CHECK = 16 << 20  # bytes read at a time by verify
 

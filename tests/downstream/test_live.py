@@ -17,6 +17,7 @@ from downstream.samples import Samples
 from downstream.spectrum import evaluate_spectrum
 from downstream.weights import open_weights
 from downstream.zeroshot import names_and_templates
+from pretrain import patience
 from pretrain.checkpoint import find_checkpoint, find_latest
 from pretrain.distributed.process import Process
 from pretrain.errors import UserError
@@ -214,7 +215,7 @@ def flaky(samples: live_sets.LiveSamples, broken: list[int]) -> None:
 
 def reads_that_fail(rank: int, world: int, root: str) -> list[Any]:
     made = recipe(Path(root), "flaky", evaluate=asked(Path(root), tasks=["knn"]))
-    live_sets.AGAIN_AFTER_S = (0.01, 0.01)
+    patience.PAUSES_S = (0.01, 0.01)
     live, broken = live_of(made, Process(rank, world, rank, torch.device("cpu"))), [0]
     flaky(live._sets.test, broken)
     found = []
@@ -234,8 +235,7 @@ def test_images_that_cannot_be_read_now_are_no_damage(root: Path, world: int) ->
     assert whole["eval/knn_top1"] > 0
 
 
-def test_shards_that_vanish_end_no_training(root: Path, tmp_path: Path, caplog, monkeypatch) -> None:
-    monkeypatch.setattr(live_sets, "AGAIN_AFTER_S", (0.0,))
+def test_shards_that_vanish_end_no_training(root: Path, tmp_path: Path, caplog) -> None:
     shutil.copytree(root / "data/test", tmp_path / "test")
     live = live_of(recipe(root, "gone", evaluate=asked(root, shards=str(tmp_path / "test"), tasks=["rankme"])), alone())
     shutil.rmtree(tmp_path / "test")

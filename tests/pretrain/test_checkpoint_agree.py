@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.checkpoint import CheckpointError, agree, newest_whole, open_checkpoint, patience
+from pretrain import patience
+from pretrain.checkpoint import CheckpointError, agree, newest_whole, open_checkpoint
 from pretrain.checkpoint.errors import CheckpointUnreadableError
 from pretrain.checkpoint.store import LocalStore
 from pretrain.exit_codes import CRASHED

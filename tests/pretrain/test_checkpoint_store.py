@@ -14,6 +14,7 @@ import fsspec
 import pytest
 import torch
 
+from pretrain import patience
 from pretrain.checkpoint import (
     CheckpointDiskError,
     CheckpointError,
@@ -26,7 +27,6 @@ from pretrain.checkpoint import (
     open_checkpoint,
     open_store,
     owners,
-    patience,
     slice_for_rank,
 )
 from pretrain.checkpoint.errors import CheckpointUnreadableError
