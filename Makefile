@@ -5,7 +5,7 @@ BIN := .venv/bin
 FAISS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 BENCHMARKS := contrastive_loss siglip_loss order tar_reading decode swav_views pipeline clip_step swav_step objective_overhead trainer checkpoint parity resharding memory exact_search
 
-.PHONY: install demo test lint bench learning control faults ci-deps clean
+.PHONY: install demo test test-cluster test-cluster-all lint bench learning control faults ci-deps clean
 install: .venv/installed
 
 .venv/installed: pyproject.toml
@@ -45,9 +45,17 @@ control: install
 faults: install
 	$(BIN)/python -m benchmarks.faults --runs 200 --seed 0 --json benchmarks/results/faults.json
 
-# Debian packages that only tests need: a browser to open the report in
+# on a real Slurm of three nodes that is started here (root, and the packages of ci-deps); all: an hour more
+test-cluster: install
+	$(BIN)/python -m pytest -m "cluster and not long" tests/cluster
+
+test-cluster-all: install
+	$(BIN)/python -m pytest -m cluster tests/cluster
+
+# Debian packages that only tests need: a browser to open the report in, a Slurm to submit to
 ci-deps:
-	apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium \
+	  slurm-wlm slurmdbd munge mariadb-server iproute2 procps
 
 clean:
 	rm -rf .venv demo build *.egg-info

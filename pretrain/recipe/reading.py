@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pretrain.errors import UserError
 from pretrain.recipe.whole import Recipe
+
+T = TypeVar("T", bound=BaseModel)
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -24,12 +26,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         text, where = _read(path)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a recipe: it is no text ({error})") from None
-    try:
-        data = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{where} is not YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{where}: a recipe is a mapping of keys to values, not {type(data).__name__}")
+    data = mapping(text, where)
     for override in overrides or []:
         _override(data, override)
     return parse_recipe(data, where)
@@ -37,10 +34,26 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
     """`data` as a checked Recipe; `where` names it in errors."""
+    return parse(Recipe, data, where)
+
+
+def parse(kind: type[T], data: dict[str, Any], where: str) -> T:
+    """`data` as a checked `kind`; UserError, with `where` and the nearest right names, when it is none."""
     try:
-        return Recipe.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
-        raise UserError(f"{where}:\n" + "\n".join(f"  {_explain(e)}" for e in error.errors())) from None
+        raise UserError(f"{where}:\n" + "\n".join(f"  {_explain(kind, e)}" for e in error.errors())) from None
+
+
+def mapping(text: str, where: str) -> dict[str, Any]:
+    """YAML `text` as a mapping; UserError, with `where`, when it is none."""
+    try:
+        data = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{where} must be a mapping of keys to values, not {type(data).__name__}")
+    return data
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -101,13 +114,13 @@ def _scalar(value: str) -> Any:
     return parsed
 
 
-def _explain(error: Any) -> str:
+def _explain(kind: type[BaseModel], error: Any) -> str:
     location = ".".join(str(part) for part in error["loc"]) or "recipe"
     if error["type"] == "extra_forbidden":
         *parents, key = error["loc"]
-        near = difflib.get_close_matches(str(key), _fields(parents), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(key), _fields(kind, parents), n=1, cutoff=0.5)
         return f"unknown key {location}" + (
-            f"; did you mean {near[0]}?" if near else f"; known: {', '.join(_fields(parents))}"
+            f"; did you mean {near[0]}?" if near else f"; known: {', '.join(_fields(kind, parents))}"
         )
     message = error["msg"].removeprefix("Value error, ")
     given = error.get("input")
@@ -115,8 +128,8 @@ def _explain(error: Any) -> str:
     return f"{location}: {message}{shown if error['type'] != 'missing' else ''}"
 
 
-def _fields(parents: list) -> list[str]:
-    part: Any = Recipe
+def _fields(kind: type[BaseModel], parents: list) -> list[str]:
+    part: Any = kind
     for name in parents:
         if isinstance(name, int):
             continue

@@ -1,0 +1,76 @@
+"""What every task of a training job does: it becomes a rank, trains, and leaves the job so that Slurm goes on right."""
+
+from __future__ import annotations
+
+import os
+import sys
+import zlib
+from pathlib import Path
+
+import submitit
+
+from pretrain.exit_codes import DONE, STOPPED
+from slurm import records, requeue
+
+PORTS = range(20_000, 32_000)
+"""For the ranks' meeting: below those that the kernel gives to outgoing connections."""
+
+
+class TrainJob:
+    """One rank a task; submitit keeps it with the job, so that one that comes back goes on from the newest save.
+
+    recipe_file: the resolved recipe. run: its folder. max_restarts: times it puts itself back into the queue.
+    """
+
+    def __init__(self, recipe_file: str, run: str, max_restarts: int) -> None:
+        self.recipe_file, self.run, self.max_restarts = recipe_file, run, max_restarts
+
+    def __call__(self) -> None:
+        from pretrain.__main__ import main  # only now: whoever submits a job needs no torch
+
+        place = submitit.JobEnvironment()
+        first, inside_slurm = place.global_rank == 0, place.cluster == "slurm"
+        os.environ.update(meeting(place))
+        if inside_slurm:
+            requeue.listen(self.max_restarts, self._ended)
+        if first:
+            self._began(place)
+        code = main(["train", self.recipe_file])
+        if code == STOPPED and inside_slurm and not first:
+            sys.exit(DONE)  # the first rank says how the job ends
+        if first:
+            self._ended({DONE: "done", STOPPED: "stopped"}.get(code, f"failed: exit code {code}"))
+        if code:
+            sys.exit(code)
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """Called by submitit where there is no Slurm to put it back into a queue: the same job again."""
+        return submitit.helpers.DelayedSubmission(self)
+
+    def _began(self, place: submitit.JobEnvironment) -> None:
+        from slurm.suspects import silent
+
+        records.append(
+            self._folder(), "began", job=place.job_id, restart=requeue.restarts(), nodes=list(place.hostnames),
+            silent=silent(Path(self.run), self._folder()),
+        )  # fmt: skip
+
+    def _ended(self, how: str) -> None:
+        job = submitit.JobEnvironment().job_id
+        records.append(self._folder(), "ended", job=job, restart=requeue.restarts(), how=how)
+
+    def _folder(self) -> Path:
+        return Path(self.run) / "slurm"
+
+
+def meeting(place: submitit.JobEnvironment) -> dict[str, str]:
+    """The variables that ranks find each other by: the first node, and a port that no other attempt of this job has."""
+    attempt = f"{place.job_id}.{requeue.restarts()}"
+    return {
+        "MASTER_ADDR": place.hostnames[0],
+        "MASTER_PORT": str(PORTS[zlib.crc32(attempt.encode()) % len(PORTS)]),
+        "WORLD_SIZE": str(place.num_tasks),
+        "RANK": str(place.global_rank),
+        "LOCAL_RANK": str(place.local_rank),
+        "LOCAL_WORLD_SIZE": str(place.num_tasks // place.num_nodes),
+    }
