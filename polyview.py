@@ -45,14 +45,7 @@ def verbs() -> dict[str, str]:
     from pretrain.__main__ import VERBS as pretrain
     from slurm.__main__ import VERBS as slurm
 
-    return {
-        "demo": "downstream.cli_demo",
-        **pretrain,
-        **index,
-        **downstream,
-        **slurm,
-        "doctor": "pretrain.cli_doctor",
-    }
+    return {"demo": "downstream.cli_demo", **pretrain, **index, **downstream, **slurm}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

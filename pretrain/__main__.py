@@ -19,6 +19,7 @@ VERBS = {
     "page": "pretrain.cli_page",
     "profile": "pretrain.cli_profile",
     "export": "pretrain.cli_export",
+    "doctor": "pretrain.cli_doctor",
 }
 
 

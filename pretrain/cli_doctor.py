@@ -8,8 +8,24 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs", "faiss-gpu-cu12")
+LEAST_GIB = 5
+LEAST_INODES = 100_000
+"""A checkpoint is a few files a rank; unpacked data sets are what needs many."""
+
+
+class Problem(NamedTuple):
+    """Something that is wrong."""
+
+    what: str
+    why: str
+    """Why it matters."""
+    do: str
+    """What to do."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,26 +33,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    facts, problems = _facts(), _problems()
-    if args.json:
-        print(json.dumps({"facts": facts, "problems": problems}, indent=1))
-    else:
-        for name, value in facts.items():
-            print(f"{name:14} {value}")
-        for problem in problems:
-            print(f"PROBLEM: {problem}")
-        print("nothing is wrong" if not problems else f"{len(problems)} problem(s)")
+    return tell(facts(), problems(), as_json=args.json)
+
+
+def tell(facts: Mapping[str, object], problems: Sequence[Problem], *, as_json: bool) -> int:
+    """Print what was found; the exit code."""
+    if as_json:
+        print(json.dumps({"facts": facts, "problems": [problem._asdict() for problem in problems]}, indent=1))
+        return 1 if problems else 0
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:{width}} {value}")
+    for problem in problems:
+        print(f"PROBLEM: {problem.what}\n  why: {problem.why}\n  do:  {problem.do}")
+    print("nothing is wrong" if not problems else f"{len(problems)} problem{'s' * (len(problems) > 1)}")
     return 1 if problems else 0
 
 
-def _facts() -> dict[str, object]:
+def facts() -> dict[str, object]:
+    """What is here, by name."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     packages = ("polyview", "torch", "torchvision", "timm", "accelerate", "webdataset", *FAISS)
     return {
         "python": sys.version.split()[0],
-        **{p: v for p in packages if (v := _version(p))},
+        **{p: v for p in packages if (v := version(p))},
         "cores": len(os.sched_getaffinity(0)),
         "threads": f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}",
         "gpus": ", ".join(gpus) or "none",
@@ -46,27 +68,43 @@ def _facts() -> dict[str, object]:
     }
 
 
-def _problems() -> list[str]:
+def problems() -> list[Problem]:
+    """What is wrong here."""
     import torch
 
-    found = [p for p in FAISS if _version(p)]
-    problems = []
-    if not found:
-        problems.append("no faiss: pip install 'polyview[cpu]' or 'polyview[gpu]'")
-    if len(found) > 1:
-        problems.append(
-            f"{' and '.join(found)} are both installed and share a folder; which one runs is chance: "
-            f"pip uninstall {' '.join(found)}, then install one"
-        )
-    if torch.cuda.is_available() and found == ["faiss-cpu"]:
-        problems.append("there is a GPU, but faiss-cpu is installed: pip uninstall faiss-cpu, then 'polyview[gpu]'")
-    if shutil.disk_usage(".").free < 5 * 2**30:
-        problems.append("less than 5 GiB free here: checkpoints may not fit")
-    return problems
+    return [*_faiss(torch.cuda.is_available()), *disk(Path())]
 
 
-def _version(package: str) -> str | None:
+def disk(folder: Path) -> list[Problem]:
+    """What is wrong with the room in `folder`."""
+    room = os.statvfs(folder)
+    found = []
+    if room.f_bavail * room.f_frsize < LEAST_GIB * 2**30:
+        what = f"{room.f_bavail * room.f_frsize / 2**30:.1f} GiB are free in {folder.absolute()}"
+        found.append(Problem(what, "checkpoints may not fit", "make room, or send them elsewhere: checkpoint.to"))
+    if room.f_files and room.f_favail < LEAST_INODES:  # some file systems count none
+        what = f"{room.f_favail:,} more files are possible in {folder.absolute()}"
+        found.append(Problem(what, "a disk may have room and still refuse files", "remove files, or use another disk"))
+    return found
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; None: it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _faiss(gpu: bool) -> list[Problem]:
+    found = [p for p in FAISS if version(p)]
+    if not found:
+        why = "an index is built and searched with it"
+        return [Problem("no faiss is installed", why, "pip install 'polyview[cpu]' or 'polyview[gpu]'")]
+    if len(found) > 1:
+        why, do = "they share a folder, and which one runs is chance", f"pip uninstall {' '.join(found)}; install one"
+        return [Problem(f"{' and '.join(found)} are both installed", why, do)]
+    if gpu and found == ["faiss-cpu"]:
+        do = "pip uninstall faiss-cpu; pip install 'polyview[gpu]'"
+        return [Problem("there is a GPU, but faiss-cpu is installed", "searches run on the CPU", do)]
+    return []

@@ -6,7 +6,7 @@ Rename is atomic on local file systems, NFS and Lustre.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,16 +22,19 @@ def fsync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Put `text` at `path` in one step, durably: a reader sees the old file or the new one."""
-    write_file(path, [text.encode()], draft=path.with_name(f".{path.name}.{os.getpid()}.tmp"))
+def write_text(path: Path, text: str, *, ready: Callable[[], None] = lambda: None) -> None:
+    """Put `text` at `path` in one step, durably: a reader sees the old file or the new one. ready: see `write_file`."""
+    write_file(path, [text.encode()], draft=path.with_name(f".{path.name}.{os.getpid()}.tmp"), ready=ready)
     fsync_folder(path.parent)
 
 
-def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, draft: Path) -> None:
+def write_file(
+    path: Path, chunks: Iterable[bytes | memoryview], *, draft: Path, ready: Callable[[], None] = lambda: None
+) -> None:
     """Put `chunks` at `path` in one step; the name is durable once its folder is synced.
 
-    draft: the name until then, in the same folder. Raises OSError, and leaves nothing behind, when the disk refuses.
+    draft: the name until then, in the same folder. ready: called when all is written but for that step; what it raises
+    keeps the file from appearing. Raises OSError, and leaves nothing behind, when the disk refuses.
     """
     try:
         fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -41,6 +44,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, draft: Path)
             os.fsync(fd)
         finally:
             os.close(fd)
+        ready()
         draft.replace(path)
     except BaseException:
         with suppress(OSError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,13 +24,19 @@ SIGNS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not
 
 
 @contextmanager
-def memory_explained(recipe: Recipe, process: Process, folder: Path) -> Iterator[None]:
-    """Within: running out of memory is a UserError with advice, and what was held then is in RUN/oom/rank_R.*."""
+def memory_explained(
+    recipe: Recipe, process: Process, folder: Path, may_write: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Within: running out of memory is a UserError with advice, and what was held then is in RUN/oom/rank_R.*.
+
+    may_write: raises where a later start has taken the run over; that is told instead.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(s in str(error) for s in SIGNS)):
             raise
+        may_write()
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
         said = f"{_place(process)} ran out of memory: {message}{_note(folder / 'oom', message, process)}"
         ways = "\n  ".join(_advice(recipe, process))

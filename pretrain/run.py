@@ -7,21 +7,22 @@ RUN/spikes.jsonl     losses that leapt, and   RUN/heartbeat/     where each rank
                      what their batch held    RUN/index.html     the run's page
 RUN/profile/         traces that were wanted  RUN/oom/           what was held when memory ran out
 RUN/tensorboard/, RUN/wandb/, RUN/wandb_id       RUN/run_id          the run's name among others
+RUN/attempt          the start that may write into it, and none before; RUN/LOCK, which it holds (pretrain.fence)
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from pretrain.durable import write_text
 from pretrain.errors import UserError
+from pretrain.fence import Fence, hold
 from pretrain.recipe import Recipe, SegmentRecipe, dump_recipe, load_recipe
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ class RunFolder:
         self.skips_file = path / "skips.json"
         self.checkpoints = path / "checkpoints"
         self.id_file = path / "run_id"
+        self.fence: Fence | None = None
+        """Of the start that this process is a rank of; None: it only reads."""
 
     def recipe(self) -> Recipe:
         """The recipe the run was last started with; UserError when this is no run folder."""
@@ -141,7 +144,7 @@ class RunFolder:
 
         run = self.id() or new_attempt()
         try:
-            write_text(self._made() / self.id_file.name, f"{run}\n")
+            self._write(self.id_file, f"{run}\n")
         except OSError as error:
             raise self._full(error) from None
         if recipe.checkpoint.to:
@@ -152,8 +155,8 @@ class RunFolder:
         """Keep the recipe and note this start, and where it sends its checkpoints; called by rank 0."""
         start = {**start, "to": str(self.saves(recipe))} if recipe.checkpoint.to else start
         try:
-            write_text(self._made() / self.starts_file.name, json.dumps([*self.starts(), start], indent=1) + "\n")
-            write_text(self.recipe_file, dump_recipe(recipe))
+            self._write(self.starts_file, json.dumps([*self.starts(), start], indent=1) + "\n")
+            self._write(self.recipe_file, dump_recipe(recipe))
         except OSError as error:
             raise self._full(error) from None
 
@@ -162,7 +165,7 @@ class RunFolder:
         refused, which any rank may note."""
         *before, newest = self.starts()
         try:
-            write_text(self.starts_file, json.dumps([*before, {**newest, "ended": how}], indent=1) + "\n")
+            self._write(self.starts_file, json.dumps([*before, {**newest, "ended": how}], indent=1) + "\n")
         except OSError as error:  # the disk is full: what was trained is saved
             log.warning("%s: that the run ended so, %s, is not noted (%s)", self.starts_file, how, error.strerror)
 
@@ -177,7 +180,7 @@ class RunFolder:
         """Leave out so many batches from 0-based `from_step` on; called by rank 0."""
         skips = [*self.skips(), SegmentRecipe(from_step=from_step, skip=batches)]
         try:
-            write_text(self.skips_file, json.dumps([s.model_dump() for s in skips], indent=1) + "\n")
+            self._write(self.skips_file, json.dumps([s.model_dump() for s in skips], indent=1) + "\n")
         except OSError as error:
             raise self._full(error) from None
 
@@ -189,6 +192,16 @@ class RunFolder:
                 added.remove(segment)
         data = recipe.data.model_copy(update={"segments": [*given, *added]})
         return recipe.model_copy(update={"data": data}) if added else recipe
+
+    def may_write(self) -> None:
+        """Raise SupersededError where a later start has taken the run over: what is about to write asks this first."""
+        if self.fence is not None:
+            self.fence.check()
+
+    def _write(self, file: Path, text: str) -> None:
+        self.may_write()
+        self._made()
+        write_text(file, text, ready=self.may_write)
 
     def _made(self) -> Path:
         try:
@@ -208,13 +221,17 @@ class RunFolder:
             return []
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the run; UserError when another process trains into it."""
-        with open(self._made() / "LOCK", "a") as handle:
+    def lock(self, attempt: str, wait_s: float = 0.0) -> Iterator[None]:
+        """Hold the run for start `attempt`; called by rank 0. wait_s: see `pretrain.fence.hold`.
+
+        Raises:
+            UserError: another process trains into it, or the folder cannot be written.
+        """
+        with ExitStack() as held:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another process is training into {self.path}; wait for it or stop it") from None
+                held.enter_context(hold(self._made(), attempt, wait_s))
+            except OSError as error:
+                raise self._full(error) from None
             yield
 
     def note_damage(self, record: dict[str, Any]) -> None:
@@ -223,6 +240,7 @@ class RunFolder:
         Its step counts as the log and `replay` do: 1 is the first.
         """
         line = json.dumps(record | {"step": record["step"] + 1}) + "\n"
+        self.may_write()
         try:
             with open(self.damage_file, "a") as handle:
                 handle.write(line)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from pretrain import crash_loop
 from pretrain.check.fit import resolve_local_batch
-from pretrain.checkpoint import Checkpoint, CheckpointWriter, new_attempt, newest_whole
+from pretrain.checkpoint import Checkpoint, CheckpointWriter, forestall, newest_whole
 from pretrain.checkpoint.layout import step_dirs
 from pretrain.data import open_data
 from pretrain.distributed.process import Process
@@ -32,10 +32,13 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def set_up(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitStack, raised: set[str]) -> Trainer | None:
+def set_up(
+    recipe: Recipe, process: Process, folder: RunFolder, attempt: str, cleanup: ExitStack, raised: set[str]
+) -> Trainer | None:
     """The trainer of this start; None where the run has done its last step.
 
-    What must be closed or put back at the end is given to `cleanup`. raised: what signals have asked for so far.
+    attempt: what names its checkpoint files. What must be closed or put back at the end is given to `cleanup`. raised:
+    what signals have asked for so far.
 
     Raises:
         UserError: recipe, data, world or folder do not fit one another.
@@ -46,13 +49,15 @@ def set_up(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
     except ValueError as error:
         raise UserError(str(error)) from None
     faults = recipe.faults
-    heart = Heartbeat(folder.path, process=process, every_s=faults.heartbeat_s, hang_s=faults.hang_s)
+    heart = Heartbeat(
+        folder.path, process=process, every_s=faults.heartbeat_s, hang_s=faults.hang_s, may_write=folder.may_write
+    )
     cleanup.callback(heart.close)
     torch.use_deterministic_algorithms(recipe.deterministic)
     changed = folder.check(recipe)
     sources, order = open_data(recipe)
     total = recipe.total_steps(order.samples)
-    run = _by_first(lambda: folder.claim(recipe), process)
+    run = by_first(lambda: _claim(recipe, folder, attempt), process)
     checkpoint = newest_saved(recipe, process, folder)
     start = checkpoint.step if checkpoint else 0
     if checkpoint is not None:
@@ -93,10 +98,11 @@ def set_up(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
         folder.saves(recipe),
         rank=process.rank,
         world=process.world,
-        attempt=from_first(new_attempt(), process),
+        attempt=attempt,
         run=run,
         keep_last=recipe.checkpoint.keep_last,
         keep_every=recipe.checkpoint.keep_every,
+        may_write=folder.may_write,
     )
     cleanup.push(lambda kind, *_: _close(writer, kind))
     run_log = RunLog(
@@ -106,6 +112,7 @@ def set_up(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
         rank=process.rank,
         tensorboard=recipe.log.tensorboard,
         recipe=recipe,
+        may_write=folder.may_write,
     )
     cleanup.callback(run_log.close)
     trainer = Trainer(
@@ -119,17 +126,24 @@ def set_up(recipe: Recipe, process: Process, folder: RunFolder, cleanup: ExitSta
     return trainer
 
 
+def _claim(recipe: Recipe, folder: RunFolder, attempt: str) -> str:
+    """The run's id; from here on nothing that an earlier start has under way becomes one of its checkpoints."""
+    run = folder.claim(recipe)
+    forestall(folder.places(recipe), attempt)
+    return run
+
+
 def newest_saved(recipe: Recipe, process: Process, folder: RunFolder) -> Checkpoint | None:
     """The newest whole checkpoint of the run, wherever it has saved; None: it has saved none. By all ranks together.
 
     Raises:
         UserError: what it has saved is not there, not whole, or cannot be read.
     """
-    places, saved = _by_first(lambda: (folder.places(recipe), folder.last_saved()), process)
+    places, saved = by_first(lambda: (folder.places(recipe), folder.last_saved()), process)
     newest = newest_whole(*places)
     if saved in (None, recipe.checkpoint.lost) or (newest is not None and newest.step >= saved):
         return newest
-    if newest is not None and _by_first(lambda: any(saved in step_dirs(place) for place in places), process):
+    if newest is not None and by_first(lambda: any(saved in step_dirs(place) for place in places), process):
         return newest  # the one saved last is there, and damaged
     older = f"to go on from step {newest.step}" if newest else "to begin anew in this folder, not in another output"
     raise UserError(
@@ -151,7 +165,7 @@ def _close(writer: CheckpointWriter, error: type[BaseException] | None) -> None:
     signal.signal(signal.SIGTERM, before)
 
 
-def _by_first(act: Callable[[], T], process: Process) -> T:
+def by_first(act: Callable[[], T], process: Process) -> T:
     """What `act` comes to on rank 0, be it an error that a person is meant to read, on all ranks."""
     done: Any = None
     if process.first:

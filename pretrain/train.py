@@ -10,23 +10,28 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
 
+from pretrain.checkpoint import new_attempt
 from pretrain.distributed.process import Process
 from pretrain.errors import UserError
 from pretrain.exit_codes import FINAL, NOT_FINITE
+from pretrain.fence import Fence
 from pretrain.flops import step_flops
 from pretrain.oom import memory_explained
 from pretrain.recipe import Recipe
 from pretrain.run import RunFolder
-from pretrain.setup import newest_saved, set_up
+from pretrain.setup import by_first, newest_saved, set_up
 from pretrain.telemetry.garbage import collected_together
 from pretrain.trainer import Rewind, Trainer
 
 log = logging.getLogger(__name__)
+
+LEAVING = 3
+"""Times `faults.heartbeat_s` that an earlier attempt of the same Slurm job has to see that it is over, and to leave."""
 
 
 def train(recipe: Recipe, process: Process) -> bool:
@@ -35,25 +40,39 @@ def train(recipe: Recipe, process: Process) -> bool:
     False when a signal stopped it before: it has saved, and the same call goes on from there.
 
     Raises:
-        UserError: the recipe, the data or the folder do not fit; the loss became NaN; the disk is full.
+        UserError: the recipe, the data or the folder do not fit; the loss became NaN; the disk is full; a later start
+            has taken the run over.
     """
     folder = RunFolder(recipe.output)
     raised: set[str] = set()  # a signal that comes as a run goes back is not forgotten
-    with folder.lock() if process.first else nullcontext():
+    with ExitStack() as held:
+        attempt = by_first(lambda: _take_hold(folder, recipe, held), process)
+        folder.fence = Fence(folder.path, attempt)
+        rewinds = 0
         while True:
+            name = f"{attempt}r{rewinds}" if rewinds else attempt
             try:
-                return _start(folder.with_skips(recipe), process, folder, raised)
+                return _start(folder.with_skips(recipe), process, folder, name, raised)
             except Rewind as rewind:
+                rewinds += 1
                 with _refusal_noted(folder):
                     _leave_out(folder, rewind, recipe, process)
             gc.collect()  # the model that was, before the next is built beside it
             torch.cuda.empty_cache()
 
 
-def _start(recipe: Recipe, process: Process, folder: RunFolder, raised: set[str]) -> bool:
+def _take_hold(folder: RunFolder, recipe: Recipe, held: ExitStack) -> str:
+    """The name of this start, which from here on is the only one that writes into the run."""
+    attempt = new_attempt()
+    held.enter_context(folder.lock(attempt, LEAVING * recipe.faults.heartbeat_s))
+    return attempt
+
+
+def _start(recipe: Recipe, process: Process, folder: RunFolder, attempt: str, raised: set[str]) -> bool:
     before = len(folder.starts())
-    with ExitStack() as cleanup, _refusal_noted(folder, before), memory_explained(recipe, process, folder.path):
-        run = set_up(recipe, process, folder, cleanup, raised)
+    explained = memory_explained(recipe, process, folder.path, folder.may_write)
+    with ExitStack() as cleanup, _refusal_noted(folder, before), explained:
+        run = set_up(recipe, process, folder, attempt, cleanup, raised)
         if run is not None:
             return _loop(run, cleanup.enter_context(collected_together()))
     if process.first:

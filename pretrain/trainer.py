@@ -76,7 +76,7 @@ class Trainer:
     def __post_init__(self) -> None:
         faults, device = self.recipe.faults, self.process.device
         self.flags = SharedFlags(("stop", "profile"), self.process.world)
-        self.profile = ProfileWindow(self.folder.path, self.process)
+        self.profile = ProfileWindow(self.folder.path, self.process, self.folder.may_write)
         self.phases = Phases(device)
         self.clock = StepClock(
             self.start, self.recipe.global_batch,
@@ -86,7 +86,7 @@ class Trainer:
         self.own = OwnClock(device)
         self.first_collective = "forward" if _meets_in_forward(self.recipe, self.parts.backend.trunk) else "loss"
         self._step, self.waited_s = self.start, 0.0
-        self.page = RunPage(self.folder.path) if self.process.first else None
+        self.page = RunPage(self.folder.path, may_write=self.folder.may_write) if self.process.first else None
         self.spikes = Spikes(faults.spike, faults.spike_window) if faults.spike and self.process.first else None
         self.parts.two_stage.mark = self._at
 
@@ -129,8 +129,8 @@ class Trainer:
             self._note_left_out(batch.step, result.overflowed)
         elif self.spikes and (figures := self.spikes.seen(result.loss.item())):
             whole = self.order.batch(batch.step)
+            self.log.event("spike", step=batch.step + 1, **figures)  # first: it asks whether this start may still write
             note_spike(self.folder.path, batch.step + 1, figures, whole.source, whole.ids)
-            self.log.event("spike", step=batch.step + 1, **figures)
         return result
 
     def _refused(self, step: int, error: NonFiniteError) -> Exception:

@@ -7,7 +7,17 @@ from collections.abc import Sequence
 
 from pretrain import cli
 
-VERBS = {"submit": "slurm.cli_submit"}
+VERBS = {
+    "submit": "slurm.cli_submit",
+    "pipeline": "slurm.cli_pipeline",
+    "sweep": "slurm.cli_sweep",
+    "local": "slurm.cli_local",
+    "status": "slurm.cli_status",
+    "logs": "slurm.cli_logs",
+    "cancel": "slurm.cli_cancel",
+    "requeue": "slurm.cli_requeue",
+    "doctor": "slurm.cli_doctor",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

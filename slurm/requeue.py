@@ -51,14 +51,15 @@ def listen(most: int, note: Callable[[str], None] = lambda how: None) -> None:
 
 def _again(number: int, most: int) -> bool:
     job = job_id()
-    if job is None:
-        return False
+    return job is not None and (number != signal.SIGTERM or _wanted(job)) and put_back(job, most)
+
+
+def put_back(job: str, most: int) -> bool:
+    """Put this job back into the queue, unless that was done `most` times; whether it was done."""
     if restarts() >= most:
         log.warning(f"job {job} was put back into the queue {most} times, and is not again (--max-restarts)")
         return False
-    if number == signal.SIGTERM and not _wanted(job):
-        return False
-    return requeue(job)
+    return _requeue(job)
 
 
 def _wanted(job: str) -> bool:
@@ -70,8 +71,7 @@ def _wanted(job: str) -> bool:
     return "JobState=RUNNING" in shown.stdout
 
 
-def requeue(job: str) -> bool:
-    """Put a job back into the queue; False, with a warning, where that cannot be."""
+def _requeue(job: str) -> bool:
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=SCONTROL_S)
     except (OSError, subprocess.TimeoutExpired) as error:

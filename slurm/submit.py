@@ -39,7 +39,7 @@ def training(
         recipe_file.write_text(text)
     job = TrainJob(str(recipe_file), str(run), profile.max_restarts)
     code = snapshot(folder, [name for name in recipe.objectives if "." in name], write=write)
-    return Work(recipe.name, folder, [job], resources, profile, code, str(run), after)
+    return Work(recipe.name, folder, [job], resources, profile, code, str(run), after, comes_back=True)
 
 
 def submit(work: Work, cluster: Cluster) -> submitit.Job[Any]:

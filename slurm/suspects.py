@@ -11,15 +11,16 @@ from slurm import records
 
 
 def silent(run: Path, folder: Path) -> list[str]:
-    """Nodes of the newest attempt in `folder` whose ranks all fell silent before others of RUN/heartbeat did; [] when
-    that attempt ended by itself, or all stopped together."""
+    """Nodes of the newest attempt in `folder` whose ranks all fell silent, without a last word, before others of
+    RUN/heartbeat did; [] when all stopped together."""
     tried = records.attempts(folder)
-    if not tried or tried[-1].how is not None:
+    if not tried:
         return []
     signs = [s for s in heartbeats(run) if s["host"] in tried[-1].nodes and s["time"] >= tried[-1].began]
     newest = {host: max(s["time"] for s in signs if s["host"] == host) for host in {s["host"] for s in signs}}
+    ended = {s["host"] for s in signs if s["phase"] == "end"}
     apart_s = SILENT * max((s["every_s"] for s in signs), default=0.0)
-    return sorted(host for host, at in newest.items() if max(newest.values()) - at > apart_s)
+    return sorted(h for h, at in newest.items() if h not in ended and max(newest.values()) - at > apart_s)
 
 
 def suspects(tried: Sequence[records.Attempt]) -> dict[str, int]:

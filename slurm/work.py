@@ -61,6 +61,7 @@ class Work:
     name: in the queue. folder: its logs and submitit's files; shared by all nodes. tasks: what every rank calls; more
     than one makes an array. code: where Python looks first (`slurm.snapshot`). about: kept as the job's comment, so
     that the queue tells what a job belongs to. after: jobs that must have ended well. parallel: of an array, at once.
+    comes_back: training, which goes back into the queue after what trying again can mend (`slurm.comeback`).
     """
 
     name: str
@@ -72,6 +73,7 @@ class Work:
     about: str
     after: tuple[str, ...] = ()
     parallel: int | None = None
+    comes_back: bool = False
 
 
 def send(work: Work, cluster: Cluster) -> list[submitit.Job[Any]]:
@@ -156,6 +158,7 @@ def _slurm(work: Work, kind: type[SlurmExecutor]) -> SlurmExecutor:
         time=asked.minutes,
         signal_delay_s=profile.signal_s,
         setup=[*profile.setup, *_exports(work)],
+        teardown=[f"{python} -m slurm.comeback {shlex.quote(str(work.folder.absolute()))} $?"] * work.comes_back,
         srun_args=profile.srun_flags(asked.cpus_per_rank, seen),
         additional_parameters=more | profile.sbatch,
         **own,

@@ -2,6 +2,7 @@
 
 from pretrain.checkpoint.agree import newest_whole
 from pretrain.checkpoint.claim import claim, owners
+from pretrain.checkpoint.commit import forestall
 from pretrain.checkpoint.errors import CheckpointDiskError, CheckpointError
 from pretrain.checkpoint.find import find_checkpoint, find_latest, open_checkpoint
 from pretrain.checkpoint.fragments import Fragment, slice_for_rank
@@ -21,6 +22,7 @@ __all__ = [
     "claim",
     "find_checkpoint",
     "find_latest",
+    "forestall",
     "new_attempt",
     "newest_whole",
     "open_checkpoint",

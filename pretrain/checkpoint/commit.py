@@ -3,12 +3,21 @@
 Ranks meet only through files, never through a collective, so that all of this can run in a thread beside the
 training. Every file carries the attempt that wrote it; an attempt commits nothing but its own files, so a
 rank left over from an earlier start of the run can never complete, or spoil, a later one's checkpoint.
+
+Nor may such a start commit one of its own behind the back of a later one. `may_write` raises where a later start has
+taken the run over; it is asked when the manifest lies there as a draft, right before the rename. A later start first
+says that it is there and then removes such drafts (`forestall`), before it looks for the newest checkpoint: either the
+earlier one was committed by then, and is found, or its rename finds no draft. In an object store a manifest has no
+draft: what was asked for just before the later start spoke, and was sent, may still arrive. Should that start not have
+found it, it holds the run's own weights of a step that will be saved again; its data may be swept, and then it is
+passed over as damaged.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import islice
 from typing import Any
@@ -24,15 +33,22 @@ from pretrain.checkpoint.manifest import (
     unseal,
 )
 from pretrain.checkpoint.reader import Checkpoint, check_files
-from pretrain.checkpoint.store import Store
+from pretrain.checkpoint.store import Store, Where
 
 log = logging.getLogger(__name__)
 
 
 def commit(
-    root: Store, step: int, attempt: str, world: int, meta: dict[str, Any], timeout_s: float, run: str | None = None
+    root: Store,
+    step: int,
+    attempt: str,
+    world: int,
+    meta: dict[str, Any],
+    timeout_s: float,
+    run: str | None = None,
+    may_write: Callable[[], None] = lambda: None,
 ) -> None:
-    """Wait for every rank's part of `step`, check them together and write the manifest.
+    """Wait for every rank's part of `step`, check them together and write the manifest, unless `may_write` raises.
 
     Raises CheckpointError when a rank reports that it failed, when parts do not come within `timeout_s`
     seconds (naming the ranks), when the parts are not every tensor exactly once, or when a data file is not
@@ -46,16 +62,17 @@ def commit(
     check_files(folder, files)
     replaced = _replaced_files(folder)
     folder.settle()
-    _put(folder, manifest)
+    _put(folder, manifest, may_write)
     folder.settle()
     folder.remove([part_name(attempt, rank) for rank in range(world)])
     folder.remove(replaced - files.keys())
 
 
-def _put(folder: Store, manifest: Manifest) -> None:
+def _put(folder: Store, manifest: Manifest, may_write: Callable[[], None]) -> None:
     """Write the manifest; where the place reports an error, only what is then read there tells whether it has it."""
+    may_write()  # even a draft would bring back a folder that a later start has removed
     try:
-        folder.write(MANIFEST, [encode_manifest(manifest)], draft=manifest_draft(manifest.attempt) + ".tmp")
+        folder.write(MANIFEST, [encode_manifest(manifest)], draft=_draft(manifest.attempt), ready=may_write)
     except OSError as error:
         try:
             if read_manifest(folder).attempt == manifest.attempt:
@@ -68,6 +85,19 @@ def _put(folder: Store, manifest: Manifest) -> None:
                 f"stay until a later save"
             ) from error
         raise
+
+
+def _draft(attempt: str) -> str:
+    return manifest_draft(attempt) + ".tmp"
+
+
+def forestall(places: Iterable[Where], attempt: str) -> None:
+    """What starts before `attempt` have not committed in `places` by now they never will. Called by rank 0 of the start
+    that takes the run over, once it has said so where they look.
+    """
+    for folder in (folder for place in places for folder in step_dirs(place).values()):
+        earlier = {name: whose for name in folder.names() if (whose := attempt_of(name)) not in (None, attempt)}
+        folder.remove([name for name, whose in earlier.items() if name == _draft(whose)])
 
 
 def _arrivals(folder: Store, attempt: str, world: int, timeout_s: float) -> range:
@@ -107,12 +137,20 @@ def _replaced_files(folder: Store) -> set[str]:
     return set()
 
 
-def purge(root: Store, committed: int, keep_last: int | None, keep_every: int | None, run: str | None = None) -> None:
+def purge(
+    root: Store,
+    committed: int,
+    keep_last: int | None,
+    keep_every: int | None,
+    run: str | None = None,
+    may_write: Callable[[], None] = lambda: None,
+) -> None:
     """Remove whole checkpoints of `run` up to step `committed`, but the last `keep_last` and each `keep_every`-th
     step.
 
     Only whole ones count as kept, so the last whole one is never removed. Damaged ones later than those kept stay for
     a person to look at, and so does what cannot be told to be of `run`. Steps after `committed` are left alone.
+    `may_write` is asked before each removal.
     """
     if keep_last is None:
         return
@@ -121,6 +159,7 @@ def purge(root: Store, committed: int, keep_last: int | None, keep_every: int | 
     recent = list(islice((step for step, folder in folders.items() if _is_whole(folder, run)), keep_last))
     for step, folder in folders.items():
         if recent and step < recent[-1] and not (keep_every and step % keep_every == 0) and _is_of(run, folder):
+            may_write()
             _remove(folder)
 
 

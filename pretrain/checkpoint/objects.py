@@ -8,7 +8,7 @@ bucket's own rule for incomplete multipart uploads clears away.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import Any
@@ -86,8 +86,16 @@ class ObjectStore(Store):
                     raise EOFError(f"{self / name} ends at byte {start + lo + len(data)}")
                 out[lo:hi] = data
 
-    def write(self, name: str, chunks: Iterable[bytes | memoryview], *, draft: str | None = None) -> None:
+    def write(
+        self,
+        name: str,
+        chunks: Iterable[bytes | memoryview],
+        *,
+        draft: str | None = None,
+        ready: Callable[[], None] = lambda: None,
+    ) -> None:
         views = [memoryview(c).cast("B") for c in chunks]
+        ready()
         try:
             with _as_os_errors():
                 if sum(map(len, views)) <= _SLICE:

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -56,11 +56,19 @@ class Store(ABC):
         """Fill `out` from byte `start` on. Raises EOFError where the file ends before."""
 
     @abstractmethod
-    def write(self, name: str, chunks: Iterable[bytes | memoryview], *, draft: str | None = None) -> None:
+    def write(
+        self,
+        name: str,
+        chunks: Iterable[bytes | memoryview],
+        *,
+        draft: str | None = None,
+        ready: Callable[[], None] = lambda: None,
+    ) -> None:
         """A whole file, or none; durable once its folder is settled.
 
-        `draft`: what it is called until it is whole, where files can be renamed (default: `name`.tmp). Raises
-        CheckpointDiskError when the place refuses.
+        `draft`: what it is called until it is whole, where files can be renamed (default: `name`.tmp). ready: called as
+        late as the place allows, before the rename or before the upload; what it raises keeps the file from appearing.
+        A draft that is removed meanwhile never becomes the file. Raises CheckpointDiskError when the place refuses.
         """
 
     @abstractmethod
@@ -124,18 +132,28 @@ class LocalStore(Store):
         finally:
             os.close(fd)
 
-    def write(self, name: str, chunks: Iterable[bytes | memoryview], *, draft: str | None = None) -> None:
+    def write(
+        self,
+        name: str,
+        chunks: Iterable[bytes | memoryview],
+        *,
+        draft: str | None = None,
+        ready: Callable[[], None] = lambda: None,
+    ) -> None:
         views = [memoryview(c).cast("B") for c in chunks]
         try:
-            self._write(name, views, draft or f"{name}.tmp")
+            self._write(name, views, draft or f"{name}.tmp", ready)
         except OSError as error:
             raise self._refused(name, sum(map(len, views)), error) from error
 
-    def _write(self, name: str, views: list[memoryview], draft: str) -> None:
+    def _write(self, name: str, views: list[memoryview], draft: str, ready: Callable[[], None]) -> None:
         for _ in range(3):  # another rank may sweep the still empty folder away before the file is in it
             self.path.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):
-                return write_file(self.path / name, views, draft=self.path / draft)
+            try:
+                return write_file(self.path / name, views, draft=self.path / draft, ready=ready)
+            except FileNotFoundError as error:
+                if error.filename2 is not None:  # of the rename: a later start of the run has swept the draft away
+                    raise
         raise FileNotFoundError(errno.ENOENT, "the folder keeps disappearing", str(self.path))
 
     def _refused(self, name: str, needed: int, error: OSError) -> CheckpointDiskError:

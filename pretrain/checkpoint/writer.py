@@ -31,7 +31,7 @@ from pretrain.checkpoint.layout import (
 )
 from pretrain.checkpoint.manifest import Entry, Range, encode_tensors, seal
 from pretrain.checkpoint.staging import FILE_LIMIT, HostBuffers, Piece, plan_files
-from pretrain.checkpoint.store import Where, open_store
+from pretrain.checkpoint.store import Store, Where, open_store
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,8 @@ class CheckpointWriter:
     the run, the same on all ranks. run: the run's id, noted in every manifest: only checkpoints with the same one are
     ever removed. keep_last: whole checkpoints kept (None: all); keep_every: steps divisible by it are kept besides.
     timeout_s: how long rank 0's thread waits for the other ranks' parts. file_limit: bytes of data a file, a multiple
-    of 8.
+    of 8. may_write: raises where a later start has taken the run over; asked on every rank when a save begins and at
+    each of its files, on rank 0 at the manifest and before anything is removed.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class CheckpointWriter:
         keep_every: int | None = None,
         timeout_s: float = 1800.0,
         file_limit: int = FILE_LIMIT,
+        may_write: Callable[[], None] = lambda: None,
     ) -> None:
         if keep_last is not None and keep_last < 1:
             raise CheckpointError(f"keep_last={keep_last}: keep at least 1 checkpoint, or null to keep all")
@@ -72,13 +74,14 @@ class CheckpointWriter:
         self.root, self.rank, self.world = open_store(root), rank, world
         self.attempt, self.run = check_attempt(attempt), run
         self.committed: int | None = None  # rank 0: the last step this writer committed
+        self._may_write = may_write
         self._keep, self._timeout_s, self._file_limit = (keep_last, keep_every), timeout_s, file_limit
         self._buffers = HostBuffers()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._last_step = -1
         trial = f"trial-{self.attempt}-{rank:05d}"
-        self.root.write(trial, [b"may this rank write here?"])
+        self._put(self.root, trial, [b"may this rank write here?"])
         self.root.remove([trial])
         if rank == 0:
             with _untidy():
@@ -99,11 +102,12 @@ class CheckpointWriter:
 
         Waits for the save before it, and raises that one's error instead of saving. A step just saved is not
         saved again. Raises CheckpointError for fragments or steps that cannot be saved, ValueError or
-        TypeError for a `meta` that is not JSON (NaN included).
+        TypeError for a `meta` that is not JSON (NaN included), and what `may_write` raises.
         """
         self.wait()
         if step == self._last_step:
             return
+        self._may_write()
         if step < self._last_step:
             raise CheckpointError(
                 f"step {step} comes after step {self._last_step} was saved: to go back in a run, make a new "
@@ -155,7 +159,7 @@ class CheckpointWriter:
         try:
             self._write_part(step, files, filled)
             if self.rank == 0:
-                commit(self.root, step, self.attempt, self.world, meta, self._timeout_s, self.run)
+                commit(self.root, step, self.attempt, self.world, meta, self._timeout_s, self.run, self._may_write)
         except Exception as e:
             self._last_step = -1 if self.committed is None else self.committed
             if not isinstance(e, CheckpointUncertainError):
@@ -165,9 +169,10 @@ class CheckpointWriter:
             raise
         if self.rank == 0:
             self.committed = step
+            self._may_write()
             with _untidy():
                 sweep_own(self.root, self.attempt, step)
-                purge(self.root, step, *self._keep, self.run)
+                purge(self.root, step, *self._keep, self.run, self._may_write)
 
     def _write_part(self, step: int, files: list[list[Piece]], filled: list[Tensor]) -> None:
         """This rank's data files, then the part that lists them."""
@@ -183,20 +188,26 @@ class CheckpointWriter:
                 f, crc = p.fragment, zlib.crc32(data[p.start : p.stop])
                 kinds[f.name] = (DTYPE_NAMES[f.dtype], tuple(f.shape))
                 found.setdefault(f.name, []).append(Range(p.offset, p.hi - p.lo, name, crc))
-            folder.write(name, [header, data])
+            self._put(folder, name, [header, data])
             sizes[name] = len(header) + len(data)
         tensors = {name: Entry(*kinds[name], tuple(ranges)) for name, ranges in found.items()}
         folder.settle()
         part = seal({"rank": self.rank, "files": sizes, "tensors": encode_tensors(tensors)})
-        folder.write(part_name(self.attempt, self.rank), [part])
+        self._put(folder, part_name(self.attempt, self.rank), [part])
+
+    def _put(self, folder: Store, name: str, chunks: list[Any]) -> None:
+        """A file of this start's; asked before too, since even a draft would lie in another's way."""
+        self._may_write()
+        folder.write(name, chunks, ready=self._may_write)
 
     def _give_up(self, step: int, files: int, error: Exception) -> None:
         """Free the room this rank's torn files take, and tell rank 0, if the place allows, not to wait."""
         folder, part = step_dir(self.root, step), part_name(self.attempt, self.rank)
         folder.remove([part, *(data_name(self.attempt, self.rank, i) for i in range(files))])
+        folder.drop_if_empty()
         if self.rank != 0:
             with suppress(OSError):
-                folder.write(part, [seal({"error": str(error)})])
+                self._put(folder, part, [seal({"error": str(error)})])
 
 
 @contextmanager

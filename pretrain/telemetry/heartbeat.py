@@ -12,12 +12,15 @@ import json
 import logging
 import os
 import platform
+import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pretrain.distributed.process import STARTING, Process
+from pretrain.errors import UserError
 from pretrain.telemetry.alive import FOLDER, SILENT, heartbeats
 from pretrain.telemetry.watchdog import STDERR, Watchdog
 
@@ -35,7 +38,8 @@ class Heartbeat:
 
     folder: the run's. every_s: seconds between signs. hang_s: seconds without a call of `at` after which the rank
     writes the stacks of all threads beside its sign of life and to stderr, and ends with exit code HUNG, `STARTING`
-    times as many until the first step of this start is done; None: never.
+    times as many until the first step of this start is done; None: never. may_write: raises where a later start has
+    taken the run over, asked at each sign: then the rank says so and ends at once, wherever it stands.
 
     Crashes in C (a segmentation fault) show the stacks on stderr from here on too.
     """
@@ -47,10 +51,12 @@ class Heartbeat:
         process: Process,
         every_s: float,
         hang_s: float | None,
+        may_write: Callable[[], None] = lambda: None,
     ) -> None:
         faulthandler.enable(STDERR)
         self._folder, self._process, self._every_s = folder / FOLDER, process, every_s
         self._name = f"rank_{process.rank:05d}"
+        self._may_write = may_write
         self._place = _Place(0, "start", time.monotonic())
         self._first_step: int | None = None
         self._told = False
@@ -82,6 +88,7 @@ class Heartbeat:
         return hang_s * STARTING if starting else hang_s
 
     def _line(self, stood_s: float) -> str:
+        self._leave_if_superseded()  # the file of stacks is the later start's
         place, where = self._place, self._process
         others = _elsewhere(heartbeats(self._folder.parent), where, place, self._every_s)
         return (
@@ -95,7 +102,15 @@ class Heartbeat:
             closed = self._closed.wait(self._every_s)
             self._write()
 
+    def _leave_if_superseded(self) -> None:
+        try:
+            self._may_write()
+        except UserError as error:
+            print(f"rank {self._process.rank}: {error}", file=sys.stderr, flush=True)
+            os._exit(error.exit_code)  # the loop may never come back from where it is, and what it closes it writes
+
     def _write(self) -> None:
+        self._leave_if_superseded()
         place, file = self._place, self._file(".json")
         sign = {
             "rank": self._process.rank,

@@ -9,7 +9,7 @@ import datetime
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ MARKED = ("resume", "spike", "non-finite", "left-out", "warning", "straggler", "
 class RunPage:
     """The page of the run in `folder`, written again and again while its log grows."""
 
-    def __init__(self, folder: Path, out: Path | None = None) -> None:
+    def __init__(self, folder: Path, out: Path | None = None, may_write: Callable[[], None] = lambda: None) -> None:
+        self._may_write = may_write
         self._folder, self._out = folder, out or folder / FILE
         self._history = History(folder / "log.jsonl")
         self._rest_until = 0.0
@@ -48,12 +49,12 @@ class RunPage:
 
     def write(self, *, now: bool = False) -> None:
         """Bring the page up to date, unless that was done a moment ago; with `now` in any case. Never raises for a
-        disk that is full."""
+        disk that is full, but what `may_write` raises where a later start has taken the run over."""
         begin = time.monotonic()
         if begin < self._rest_until and not now:
             return
         try:
-            write_text(self._out, self.html())
+            write_text(self._out, self.html(), ready=self._may_write)
         except OSError as error:
             if not self._warned:
                 log.warning(f"{self._out} is not up to date ({error.strerror})")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,13 @@ ROWS = 30
 
 
 class ProfileWindow:
-    """Records a few steps of the run in `folder` whenever it is asked to; no error in it ends the run."""
+    """Records a few steps of the run in `folder` whenever it is asked to; no error in it ends the run.
 
-    def __init__(self, folder: Path, process: Process) -> None:
-        self._folder, self._process = folder, process
+    may_write: raises where a later start has taken the run over, asked before anything is written.
+    """
+
+    def __init__(self, folder: Path, process: Process, may_write: Callable[[], None] = lambda: None) -> None:
+        self._folder, self._process, self._may_write = folder, process, may_write
         self._looked_at = 0.0
         self._served: dict[str, Any] | None = None
         self._profile: profile | None = None
@@ -90,6 +94,7 @@ class ProfileWindow:
         self._withdraw()
 
     def _place(self) -> tuple[Path, str]:
+        self._may_write()
         folder = self._folder / FOLDER / f"step_{self._first:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder, f"rank_{self._process.rank:05d}"
@@ -105,4 +110,5 @@ class ProfileWindow:
 
     def _withdraw(self) -> None:
         if self._process.first:
+            self._may_write()  # the request may be to a later start
             (self._folder / REQUEST).unlink(missing_ok=True)

@@ -18,7 +18,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -38,7 +38,8 @@ class RunLog:
 
     resume_step: the step the run is taken up again after (None: it starts from nothing). total_steps: for the
     ETA. recipe: what W&B is told, where its `log.wandb` asks for it. stream: of the progress line, default stderr. The
-    first line is the "start" or "resume" event.
+    first line is the "start" or "resume" event. may_write: raises where a later start has taken the run over, asked
+    before each line.
 
     Raises:
         UserError: W&B is asked for, but not installed, or nobody is logged in.
@@ -54,10 +55,13 @@ class RunLog:
         tensorboard: bool = True,
         recipe: Recipe | None = None,
         stream: TextIO | None = None,
+        may_write: Callable[[], None] = lambda: None,
     ) -> None:
         self.active = rank == 0
         if not self.active:
             return
+        self._may_write = may_write
+        may_write()
         run.mkdir(parents=True, exist_ok=True)
         self._wandb = WandbSink(run, recipe.log.wandb, recipe) if recipe and recipe.log.wandb else None
         self.path = run / FILE
@@ -90,6 +94,7 @@ class RunLog:
     def close(self) -> None:
         if not self.active:
             return
+        self._may_write()  # closing TensorBoard and W&B writes what they keep back
         self.active = False
         self._progress.close()
         os.close(self._fd)
@@ -120,6 +125,7 @@ class RunLog:
         broken = [name for name, value in record.items() if _finite(value) != value]
         if broken:
             record = {**record, **{name: _finite(record[name]) for name in broken}, "nonfinite": broken}
+        self._may_write()
         line = b"\n" * self._torn + json.dumps(record, allow_nan=False, default=str).encode() + b"\n"
         try:
             self._torn = os.write(self._fd, line) < len(line)  # one call, so that lines are never mixed

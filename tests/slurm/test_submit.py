@@ -50,6 +50,11 @@ def flags(text: str) -> set[str]:
     return {line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")}
 
 
+def command(text: str) -> str:
+    (line,) = [line for line in text.splitlines() if line.startswith("srun ")]
+    return line
+
+
 ASKED = ["--nodes", 2, "--ranks-per-node", 3, "--gpus-per-node", 3, "--cpus-per-rank", 5, "--minutes", 90]
 
 
@@ -60,7 +65,7 @@ def test_sbatch_is_told_what_was_asked(recipe: Path, cluster: Path, capsys: pyte
     asked = {"nodes=2", "ntasks-per-node=3", "gpus-per-node=3", "cpus-per-task=5", "time=90", "job-name=tiny"}
     assert asked | {"partition=long", "account=us", "requeue", "signal=USR2@120", "open-mode=append"} <= flags(sent)
     assert {"dependency=afterok:41", "kill-on-invalid-dep=yes", f"comment=polyview:{run}"} <= flags(sent)
-    assert "--cpus-per-task=5 --kill-on-bad-exit=1" in sent.rstrip().splitlines()[-1]
+    assert "--cpus-per-task=5 --kill-on-bad-exit=1" in command(sent)
     assert "steps: 7" in next((run / "slurm").glob("recipe-*.yaml")).read_text()
     (line,) = records.submissions(run / "slurm")
     assert (line["job"], line["nodes"], line["ranks_per_node"]) == ("42", 2, 3)
@@ -117,10 +122,10 @@ def test_containers(
 ) -> None:
     (tmp_path / "box.yaml").write_text(f"container: {container[:-1]}, binds: [/data]}}\n")
     assert submit(recipe, "--profile", tmp_path / "box.yaml", "--dry-run") == 0
-    command = capsys.readouterr().out.rstrip().splitlines()[-1]
-    assert starts in command
-    assert str(tmp_path / "run" / "slurm") in command  # its files are seen inside
-    assert command.endswith(f"python -u -m submitit.core._submit {tmp_path / 'run' / 'slurm'}")
+    line = command(capsys.readouterr().out)
+    assert starts in line
+    assert str(tmp_path / "run" / "slurm") in line  # its files are seen inside
+    assert line.endswith(f"python -u -m submitit.core._submit {tmp_path / 'run' / 'slurm'}")
 
 
 def test_what_a_profile_gets_wrong_is_named(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
