@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 
 from tests.cluster.cluster import Cluster, missing
 from tests.cluster.process import environment
+from tests.cluster.runs import undisturbed
+from tests.tiny import write_shards
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +34,18 @@ def slurm(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster
     yield cluster
     cluster.revive()
     cluster.cancel_all()
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def ddp(tmp_path_factory: pytest.TempPathFactory, shards: Path, cluster: Cluster) -> dict[str, torch.Tensor]:
+    return undisturbed(tmp_path_factory.mktemp("ddp"), shards, cluster, "ddp")
+
+
+@pytest.fixture(scope="session")
+def fsdp2(tmp_path_factory: pytest.TempPathFactory, shards: Path, cluster: Cluster) -> dict[str, torch.Tensor]:
+    return undisturbed(tmp_path_factory.mktemp("fsdp2"), shards, cluster, "fsdp2")

@@ -13,7 +13,7 @@ from tests.cluster.cluster import Cluster
 from tests.runs import losses
 from tests.tiny import recipe_data, write_recipe, write_shards
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 FILES = Path(__file__).parents[2] / "docs" / "slurm"
 STEPS = 40
