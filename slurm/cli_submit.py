@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING, Any
 
 from pretrain.recipe import load_recipe
 from slurm.options import add_resources, resources_of, site
 from slurm.profile import load_profile
+
+if TYPE_CHECKING:
+    import submitit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,9 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from slurm.here import run_here
     from slurm.submit import submit, training
     from slurm.wait import outcome
-    from slurm.work import Cluster, script
+    from slurm.work import Cluster, Work, script
 
     recipe, profile = load_recipe(args.recipe, args.overrides), site(args, load_profile(args.profile))
     resources = resources_of(args, profile, recipe.world)
@@ -39,12 +44,21 @@ def run(args: argparse.Namespace) -> int:
         print(script(work))
         return 0
     cluster: Cluster = "local" if args.local else "slurm"
-    job = submit(work, cluster)
-    shown = f"{resources.nodes_asked} x {resources.ranks_per_node} ranks"
-    print(f"job {job.job_id}: {recipe.name} on {shown}; logs in {work.folder}")
-    if args.wait and (code := outcome(work, job, cluster)):
-        print(
-            f"job {job.job_id} ended with exit code {code}: see {work.folder}/{job.job_id}_*_log.err", file=sys.stderr
-        )
-        return code
-    return 0
+
+    def start(work: Work) -> submitit.Job[Any]:
+        job = submit(work, cluster)
+        shown = f"{resources.nodes_asked} x {resources.ranks_per_node} ranks"
+        print(f"job {job.job_id}: {recipe.name} on {shown}; logs in {work.folder}", flush=True)
+        return job
+
+    code = 0
+    if args.local and args.wait:
+        ((_, job, code),) = run_here([work], start, 1)
+    else:
+        job = start(work)
+        if args.wait:
+            code = outcome(work, job, cluster)
+    if code:
+        logs = f"{work.folder}/{job.job_id}_*_log.err"
+        print(f"job {job.job_id} ended with exit code {code}: see {logs}", file=sys.stderr)
+    return code

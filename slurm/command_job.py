@@ -26,9 +26,12 @@ class CommandJob:
 
         os.environ.update(RANK=str(self.share[0]), WORLD_SIZE=str(self.share[1]))
         if submitit.JobEnvironment().cluster == "slurm":
-            requeue.listen(self.max_restarts)
+            requeue.listen(self.max_restarts, self.note)
         if code := polyview.main(self.argv):
             sys.exit(code)
+
+    def note(self, how: str) -> None:
+        """Told how a job ends that is asked to: requeued, or stopped."""
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Called by submitit where there is no Slurm: the same again."""

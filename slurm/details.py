@@ -13,7 +13,7 @@ from typing import Any
 from pretrain.telemetry.alive import LEAST_S, SILENT, heartbeats
 from pretrain.telemetry.progress import duration
 from slurm import queue, records, saves
-from slurm.status import Seen, how
+from slurm.status import Seen, how, unexplained
 from slurm.suspects import suspects
 
 STANDS_S = 60.0
@@ -41,7 +41,7 @@ class Details:
 
 def details(seen: Seen) -> Details:
     """What is told of one run; Slurm's accounting is asked about attempts that no record explains."""
-    cut = sorted({attempt.job for attempt in seen.tried if attempt.how is None})
+    cut = sorted({attempt.job for attempt in seen.tried if unexplained(attempt)})
     accounts = queue.endings(cut)
     return Details(
         ranks=ranks(heartbeats(seen.run), _world(seen), seen.tail.step_s or 0.0) if seen.goes_on else [],

@@ -97,18 +97,22 @@ class StageJob(CommandJob):
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.default_int_handler)
         records.append(folder, "began", job=job, restart=restart, nodes=list(place.hostnames), silent=[])
-        how = "failed: exit code 1"
+        self.how = "failed: exit code 1"
         try:
             on = self._on()
             self.argv = [named(word, on) for word in self.stage.argv]
             super().__call__()
             self.marks.write(self.stage, self.part, on, job)
-            how = "done"
+            self.how = "done"
         except SystemExit as end:
-            how = "stopped" if end.code == STOPPED else f"failed: exit code {end.code}"
+            if end.code != STOPPED:  # else it was asked to end, and told how
+                self.how = f"failed: exit code {end.code}"
             raise
         finally:
-            records.append(folder, "ended", job=job, restart=restart, how=how)
+            records.append(folder, "ended", job=job, restart=restart, how=self.how)
+
+    def note(self, how: str) -> None:
+        self.how = how
 
     def _on(self) -> dict[str, str | None]:
         """The ends that this stands on, once they are seen from here."""

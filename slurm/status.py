@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
-from pretrain.exit_codes import TABLE
+from pretrain.exit_codes import LOST, TABLE
 from pretrain.telemetry.alive import FOLDER, LEAST_S, SILENT, alive
 from pretrain.telemetry.progress import duration
 from slurm import queue, records, saves, tail
@@ -199,14 +199,19 @@ def last_end(seen: Seen, accounts: dict[str, list[str]]) -> str | None:
 
 
 def how(attempt: records.Attempt, accounts: dict[str, list[str]]) -> str:
-    """How an attempt that is over ended, with what its exit code means."""
-    if attempt.how is None:
-        states = accounts.get(attempt.job, [])
-        told = states[attempt.restart] if attempt.restart < len(states) else None
-        return f"cut off ({told})" if told not in (None, "RUNNING", "PENDING") else "cut off"
-    code = re.fullmatch(r"failed: exit code (\d+)", attempt.how)
+    """How an attempt that is over ended: with what its exit code means, or what the accounting says of it."""
+    states = accounts.get(attempt.job, [])
+    state = states[attempt.restart] if attempt.restart < len(states) else None
+    code = re.fullmatch(r"failed: exit code (\d+)", attempt.how or "")
     meaning = _MEANING.get(int(code[1])) if code else None
-    return f"{attempt.how} ({meaning})" if meaning else attempt.how
+    told = [meaning, state if unexplained(attempt) and state not in ("RUNNING", "PENDING", "FAILED") else None]
+    words = "; ".join(filter(None, told))
+    return (attempt.how or "cut off") + (f" ({words})" if words else "")
+
+
+def unexplained(attempt: records.Attempt) -> bool:
+    """Whether it did not end by itself: what did is not in its records."""
+    return attempt.how in (None, f"failed: exit code {LOST}")
 
 
 def _state(seen: Seen, accounts: dict[str, list[str]]) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,18 @@ def training(
     """The job that trains `recipe`, checked. write: put its recipe and code into RUN/slurm.
 
     Raises:
+        UserError: as `train_job`.
+    """
+    job = train_job(recipe, resources, profile, write=write)
+    folder = Path(job.run) / "slurm"
+    code = snapshot(folder, [name for name in recipe.objectives if "." in name], write=write)
+    return Work(recipe.name, folder, [job], resources, profile, code, job.run, after, comes_back=True)
+
+
+def train_job(recipe: Recipe, resources: Resources, profile: Profile, *, write: bool = True) -> TrainJob:
+    """What every rank does. write: put its recipe into RUN/slurm.
+
+    Raises:
         UserError: the world does not fit the recipe, or its folder holds another run (with what differs).
     """
     for world in resources.worlds:
@@ -37,9 +50,7 @@ def training(
     if write:
         recipe_file.parent.mkdir(parents=True, exist_ok=True)
         recipe_file.write_text(text)
-    job = TrainJob(str(recipe_file), str(run), profile.max_restarts)
-    code = snapshot(folder, [name for name in recipe.objectives if "." in name], write=write)
-    return Work(recipe.name, folder, [job], resources, profile, code, str(run), after, comes_back=True)
+    return TrainJob(str(recipe_file), str(run), profile.max_restarts)
 
 
 def submit(work: Work, cluster: Cluster) -> submitit.Job[Any]:
@@ -62,6 +73,7 @@ def submit(work: Work, cluster: Cluster) -> submitit.Job[Any]:
         work.folder, "submitted", job=sent.job_id, name=work.name, nodes=asked.nodes, most_nodes=asked.most_nodes,
         ranks_per_node=asked.ranks_per_node, recipe=Path(getattr(task, "recipe_file", "")).name, cluster=cluster,
         code=work.code.name, after=list(work.after),
+        profile=work.profile.model_dump(mode="json", exclude_defaults=True), cwd=os.getcwd(),
     )  # fmt: skip
     return sent
 

@@ -5,22 +5,29 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from pretrain.exit_codes import LOST
 from pretrain.telemetry.alive import SILENT, heartbeats
 from slurm import records
 
 
 def silent(run: Path, folder: Path) -> list[str]:
-    """Nodes of the newest attempt in `folder` whose ranks all fell silent, without a last word, before others of
-    RUN/heartbeat did; [] when all stopped together."""
+    """Nodes of the newest attempt in `folder` whose ranks all fell silent before others of RUN/heartbeat did; [] when
+    that attempt ended by itself, or all stopped together."""
     tried = records.attempts(folder)
-    if not tried:
+    if not tried or tried[-1].how not in (None, f"failed: exit code {LOST}"):
         return []
-    signs = [s for s in heartbeats(run) if s["host"] in tried[-1].nodes and s["time"] >= tried[-1].began]
-    newest = {host: max(s["time"] for s in signs if s["host"] == host) for host in {s["host"] for s in signs}}
-    ended = {s["host"] for s in signs if s["phase"] == "end"}
-    apart_s = SILENT * max((s["every_s"] for s in signs), default=0.0)
-    return sorted(h for h, at in newest.items() if h not in ended and max(newest.values()) - at > apart_s)
+    nodes: dict[str, list[dict[str, Any]]] = {}
+    for sign in heartbeats(run):
+        if sign["host"] in tried[-1].nodes and sign["time"] >= tried[-1].began:
+            nodes.setdefault(sign["host"], []).append(sign)
+    took_leave = {host for host, signs in nodes.items() if any(sign["phase"] == "end" for sign in signs)}
+    if took_leave:  # those that lost another rank say so; a node that is lost says nothing
+        return sorted(nodes.keys() - took_leave)
+    newest = {host: max(sign["time"] for sign in signs) for host, signs in nodes.items()}
+    apart_s = SILENT * max((sign["every_s"] for signs in nodes.values() for sign in signs), default=0.0)
+    return sorted(host for host, at in newest.items() if max(newest.values()) - at > apart_s)
 
 
 def suspects(tried: Sequence[records.Attempt]) -> dict[str, int]:

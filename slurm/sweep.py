@@ -16,15 +16,15 @@ import submitit
 import yaml
 
 from pretrain.errors import UserError
-from pretrain.recipe import Recipe, dump_recipe, load_recipe
+from pretrain.recipe import Recipe, load_recipe
 from pretrain.telemetry.runlog import read_log
 from slurm import ledger, queue, records
 from slurm.here import log_of, run_here
 from slurm.marks import trained
 from slurm.profile import Profile
 from slurm.snapshot import snapshot
-from slurm.submit import submit, training
-from slurm.work import Resources, Task, Work, send
+from slurm.submit import submit, train_job, training
+from slurm.work import Resources, Work, send
 
 WHAT = "train"
 LONGEST = 120
@@ -130,7 +130,7 @@ class Sweep:
 
     def work(self, some: Sequence[Trial], *, write: bool = True) -> Work:
         """The array of these trials. write: put their recipes and the code where it finds them."""
-        tasks = [self._task(trial, write) for trial in some]
+        tasks = [train_job(trial.recipe, self.resources, self.profile, write=write) for trial in some]
         code = snapshot(self.folder, _plug_ins(some), write=write)
         name = f"sweep-{self.out.name}"
         return Work(
@@ -144,14 +144,6 @@ class Sweep:
             parallel=self.parallel,
             comes_back=True,
         )
-
-    def _task(self, trial: Trial, write: bool) -> Task:
-        (task,) = training(trial.recipe, self.resources, self.profile, write=False).tasks
-        if write:
-            file = Path(getattr(task, "recipe_file"))  # noqa: B009
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(dump_recipe(trial.recipe))
-        return task
 
 
 def _plug_ins(some: Sequence[Trial]) -> list[str]:

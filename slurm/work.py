@@ -122,10 +122,19 @@ def _call(task: Task) -> Any:
 def _local(work: Work) -> submitit.LocalExecutor:
     executor = submitit.LocalExecutor(work.folder, max_num_timeout=TIMEOUTS)
     asked = work.resources
+    gpus = _gpus_here()[: asked.gpus_per_node or None]
     executor.update_parameters(
-        tasks_per_node=asked.ranks_per_node, gpus_per_node=asked.gpus_per_node, timeout_min=NO_LIMIT_MIN
+        tasks_per_node=asked.ranks_per_node, gpus_per_node=len(gpus), visible_gpus=gpus, timeout_min=NO_LIMIT_MIN
     )
     return executor
+
+
+def _gpus_here() -> list[int]:
+    """Numbers of the GPUs that this process may use, found without waking them."""
+    said = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if said is not None:
+        return [int(number) for number in said.split(",") if number.isdigit()]
+    return sorted(int(file.name.removeprefix("nvidia")) for file in Path("/dev").glob("nvidia[0-9]*"))
 
 
 def _slurm(work: Work, kind: type[SlurmExecutor]) -> SlurmExecutor:
@@ -135,7 +144,7 @@ def _slurm(work: Work, kind: type[SlurmExecutor]) -> SlurmExecutor:
     executor = kind(work.folder, max_num_timeout=TIMEOUTS, python=python)
     own = {
         key: getattr(profile, key)
-        for key in ("partition", "account", "qos", "constraint", "exclude", "mem", "wckey")
+        for key in ("partition", "account", "qos", "constraint", "exclude", "mem")
         if getattr(profile, key) is not None
     }
     if work.parallel:
@@ -161,6 +170,7 @@ def _slurm(work: Work, kind: type[SlurmExecutor]) -> SlurmExecutor:
         teardown=[f"{python} -m slurm.comeback {shlex.quote(str(work.folder.absolute()))} $?"] * work.comes_back,
         srun_args=profile.srun_flags(asked.cpus_per_rank, seen),
         additional_parameters=more | profile.sbatch,
+        wckey=profile.wckey,  # submitit's own is refused where keys are checked
         **own,
     )
     return executor

@@ -16,6 +16,7 @@ from slurm import queue, records, tail
 from slurm.__main__ import main
 from slurm.details import ranks
 from slurm.reasons import held, why
+from slurm.suspects import silent
 from tests.runs import start, train_here, wait_for_a_step
 from tests.slurm.queues import FakeSlurm
 from tests.tiny import recipe_data, write_recipe, write_shards
@@ -251,6 +252,30 @@ def test_ranks_that_are_silent_or_missing() -> None:
         "no sign of life yet of ranks 3-7",
     ]
     assert ranks([sign(rank) for rank in range(8)], 8, 0.5, now=1e6) == []
+
+
+def signs_of(run: Path, **hosts: tuple[str, float]) -> None:
+    """Signs of life of a rank on each of `hosts`: its phase, and seconds after the attempt began."""
+    (run / "heartbeat").mkdir(exist_ok=True)
+    began = records.attempts(run / "slurm")[-1].began
+    for rank, (host, (phase, after_s)) in enumerate(hosts.items()):
+        mine = sign(rank, phase) | {"host": host, "time": began + after_s}
+        (run / f"heartbeat/rank_{rank:05d}.json").write_text(json.dumps(mine))
+
+
+def test_nodes_that_fell_silent_before_the_others(tmp_path: Path) -> None:
+    folder = tmp_path / "slurm"
+    records.append(folder, "began", job="1", restart=0, nodes=["n1", "n2", "n3"], silent=[])
+    signs_of(tmp_path, n1=("backward", 500.0), n2=("backward", 430.0), n3=("backward", 495.0), n9=("data", 1.0))
+    assert silent(tmp_path, folder) == ["n2"]  # more than four signs behind; n9 was not of this attempt
+    signs_of(tmp_path, n1=("backward", 500.0), n2=("backward", 470.0), n3=("backward", 495.0))
+    assert silent(tmp_path, folder) == []
+    signs_of(tmp_path, n1=("end", 500.0), n2=("backward", 499.0), n3=("end", 500.0))
+    assert silent(tmp_path, folder) == ["n2"]
+    records.append(folder, "ended", job="1", restart=0, how="failed: exit code 85")
+    assert silent(tmp_path, folder) == ["n2"]
+    records.append(folder, "ended", job="1", restart=0, how="failed: exit code 87")
+    assert silent(tmp_path, folder) == []
 
 
 # ---------------------------------------------------------------- the end of the log

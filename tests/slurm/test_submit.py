@@ -144,7 +144,7 @@ def test_more_nodes_where_they_are_free(recipe: Path, capsys: pytest.CaptureFixt
 
 
 def test_the_same_job_runs_here_on_two_ranks(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert submit(recipe, "--ranks-per-node", 2, "--local", "--wait") == 0
+    assert main(["local", str(recipe), "--ranks-per-node", "2"]) == 0
     run = recipe.parent / "run"
     assert [line["step"] for line in read_log(run / "log.jsonl")] == [1, 2]
     assert str(run / "slurm") in capsys.readouterr().out
