@@ -47,10 +47,10 @@ faults: install
 
 # on a real Slurm of three nodes that is started here (root, and the packages of ci-deps); all: an hour more
 test-cluster: install
-	$(BIN)/python -m pytest -m "cluster and not long" tests/cluster
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "cluster and not long" tests/cluster
 
 test-cluster-all: install
-	$(BIN)/python -m pytest -m cluster tests/cluster
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m cluster tests/cluster
 
 # Debian packages that only tests need: a browser to open the report in, a Slurm to submit to
 ci-deps:

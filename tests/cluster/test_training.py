@@ -43,7 +43,7 @@ def test_an_operator_requeues_it(ddp: dict[str, torch.Tensor], tmp_path: Path, s
     assert_same(run, ddp)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_rank_is_killed(
     rank: int, ddp: dict[str, torch.Tensor], tmp_path: Path, shards: Path, slurm: Cluster
 ) -> None:
