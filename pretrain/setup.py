@@ -69,7 +69,10 @@ def set_up(
     if process.first:
         if changed:
             log.info(f"{recipe.name}: changed since the last start: {'; '.join(changed)}")
-        begun = {"from_step": start, "changed": changed, "world": process.world, "backend": recipe.backend}
+        begun = {
+            "from_step": start, "total_steps": total, "changed": changed, "world": process.world,
+            "backend": recipe.backend,
+        }  # fmt: skip
         folder.begin(recipe, {**provenance(), **begun})
     parts = assemble(recipe, order.samples, process, checkpoint)
     joint = parts.joint

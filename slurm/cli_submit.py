@@ -12,9 +12,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from pretrain.recipe import load_recipe
 from slurm.options import add_resources, resources_of, site
-from slurm.profile import load_profile
 
 if TYPE_CHECKING:
     import submitit
@@ -32,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from pretrain.recipe import load_recipe
     from slurm.here import run_here
+    from slurm.profile import load_profile
     from slurm.submit import submit, training
     from slurm.wait import outcome
     from slurm.work import Cluster, Work, script

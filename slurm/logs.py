@@ -91,7 +91,7 @@ class Choice:
     def ended(self, job: str) -> bool:
         """Whether the last attempt of `job` is over, and no other will come."""
         ends = [attempt.how for attempt in records.attempts(self.run / "slurm") if attempt.job == job]
-        return bool(ends) and ends[-1] not in (None, "requeued")
+        return bool(ends) and ends[-1] is not None and not ends[-1].startswith("requeued")
 
     def _submissions(self) -> list[dict[str, Any]]:
         return records.submissions(self.run / "slurm")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from pretrain.errors import UserError
-from slurm.profile import Profile
-from slurm.work import Resources
+
+if TYPE_CHECKING:  # `--help` answers at once
+    from slurm.profile import Profile
+    from slurm.work import Resources
 
 
 def add_resources(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +28,8 @@ def add_resources(parser: argparse.ArgumentParser) -> None:
 
 def site(args: argparse.Namespace, profile: Profile) -> Profile:
     """`profile` with what the command line says of the site."""
+    from slurm.profile import Profile
+
     said = {
         name: value
         for name in ("partition", "account", "qos", "minutes", "cpus_per_rank", "gpus_per_node", "max_restarts")
@@ -41,6 +46,8 @@ def resources_of(args: argparse.Namespace, profile: Profile, world: int | None) 
     Raises:
         UserError: the flags make no job.
     """
+    from slurm.work import Resources
+
     least, most = _nodes(args.nodes)
     gpus = profile.gpus_per_node or 0
     ranks = args.ranks_per_node

@@ -1,8 +1,10 @@
 """What happened to the jobs of a folder: FOLDER/jobs.jsonl, a line a submission, a start and an end.
 
-{"event": "submitted", "job", "time", "name", "tasks", "nodes", "ranks_per_node", "recipe", "after"}
+{"event": "submitted", "job", "time", "name", "cluster", "nodes", "most_nodes", "ranks_per_node", "after", "code", …}
+    of a run its "recipe", "profile", and "cwd", which its paths start from; "logs" where they are not in FOLDER; of a
+    pipeline's stage "argv" and "elements"
 {"event": "began", "job", "restart", "time", "nodes": […], "silent": […]}   silent: lost in the attempt before
-{"event": "ended", "job", "restart", "time", "how": "done" | "stopped" | "requeued" | "failed: …"}
+{"event": "ended", "job", "restart", "time", "how": "done" | "stopped" | "requeued…" | "failed: …"}
 
 A "began" without its "ended", and with another behind it, was cut off: killed, or its node lost.
 """

@@ -8,10 +8,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pretrain.errors import UserError
-from pretrain.recipe import Recipe
+
+if TYPE_CHECKING:  # its names are in the help, which answers at once
+    from pretrain.recipe import Recipe
 
 Room = Literal["train", "encoder", "files"]
 """What a stage asks for: the training's resources, a process with an encoder, or cores alone."""

@@ -61,6 +61,8 @@ def submit(work: Work, cluster: Cluster) -> submitit.Job[Any]:
     """
     if cluster == "slurm" and queue.here():
         for job in queue.queued():
+            if job.about == work.about and job.state == "COMPLETING":
+                raise UserError(f"job {job.job} of {work.about} is about to end: the same command again in a moment")
             if job.about == work.about:
                 raise UserError(
                     f"job {job.job} of {work.about} is in the queue already ({job.state}); see `python -m slurm status "

@@ -11,6 +11,7 @@ import submitit
 
 from pretrain.exit_codes import DONE, STOPPED
 from slurm import records, requeue
+from slurm.logs import heading
 
 PORTS = range(20_000, 32_000)
 """For the ranks' meeting: below those that the kernel gives to outgoing connections."""
@@ -31,6 +32,7 @@ class TrainJob:
         place = submitit.JobEnvironment()
         first, inside_slurm = place.global_rank == 0, place.cluster == "slurm"
         os.environ.update(meeting(place))
+        print(heading(place.job_id, requeue.restarts(), place.global_rank, place.hostname), file=sys.stderr, flush=True)
         if inside_slurm:
             requeue.listen(self.max_restarts, self._ended)
         if first:

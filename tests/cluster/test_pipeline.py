@@ -107,6 +107,7 @@ def assert_every_row_once(pipeline: Pipeline) -> None:
     assert manifest.rows == manifest.members == SAMPLES
 
 
+@pytest.mark.long
 def test_a_sweep_is_one_array(tmp_path: Path, slurm: Cluster) -> None:
     pipeline, out = Pipeline(tmp_path, slurm), tmp_path / "sweep"
     grid = ("--grid", "optimizer.lr=1e-3,3e-4", "--out", str(out), "--profile", str(pipeline.profile))
