@@ -9,70 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from index.store.collection import Collection
-from index.store.unit import finished_units
-from pretrain.run import RunFolder
 from slurm import records
 from slurm.__main__ import main
 from tests.cluster.cluster import Cluster
-from tests.tiny import recipe_data, write_recipe, write_shards
+from tests.cluster.pipelines import PARTS, WAIT_S, Pipeline, assert_every_row_once, processes_of
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
-
-PARTS, SAMPLES = 12, 60
-WAIT_S = 300.0
-
-
-class Pipeline:
-    def __init__(self, place: Path, cluster: Cluster) -> None:
-        self.out, self.cluster = place / "pipe", cluster
-        self.shards = write_shards(place / "shards", samples=SAMPLES, shards=PARTS)
-        self.run = RunFolder(place / "run")
-        self.recipe = write_recipe(place / "r.yaml", recipe_data(self.shards, self.run.path, steps=2))
-        self.profile = place / "site.yaml"
-        self.profile.write_text("cpus_per_rank: 1\nminutes: 30\nenv: {OMP_NUM_THREADS: '1'}\n")
-
-    def __call__(self, *flags: str) -> int:
-        given = ("--shards", self.shards, "--out", self.out, "--profile", self.profile, "--tasks", "retrieval", *flags)
-        return main(["pipeline", str(self.recipe), "--parallel", "4", *map(str, given)])
-
-    def jobs(self, stage: str) -> list[str]:
-        """Of every time that it was sent."""
-        return [line["job"] for line in records.submissions(self.out / "slurm") if line["name"] == stage]
-
-    def began(self) -> list[str]:
-        return [attempt.job for attempt in records.attempts(self.out / "slurm")]
-
-    def marks(self) -> list[str]:
-        return sorted(file.name for file in (self.out / "stages/embed").glob("*.json"))
-
-
-def processes_of(element: str) -> list[int]:
-    """The Python of an array's element, on whichever node."""
-    array, task = element.split("_")
-    wanted = {f"SLURM_ARRAY_JOB_ID={array}".encode(), f"SLURM_ARRAY_TASK_ID={task}".encode()}
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            variables = set((process / "environ").read_bytes().split(b"\0"))
-        except OSError:
-            continue
-        if wanted <= variables and b"submitit.core._submit" in words and b"python" in words[0]:
-            found.append(int(process.name))
-    return found
 
 
 def test_killed_in_two_stages_it_goes_on_to_the_report(tmp_path: Path, slurm: Cluster) -> None:
     pipeline = Pipeline(tmp_path, slurm)
     assert pipeline() == 0
     (array,), (evaluation,) = pipeline.jobs("embed"), pipeline.jobs("retrieval")
-
-    def running() -> list[str]:
-        return [job for job in pipeline.began() if job.startswith(f"{array}_")]
-
-    slurm.wait_for(lambda: len(running()) >= 3, WAIT_S, "three embedding jobs that run")
-    cancelled, killed, requeued = running()[:3]
+    slurm.wait_for(lambda: len(pipeline.running(array)) >= 3, WAIT_S, "three embedding jobs that run")
+    cancelled, killed, requeued = pipeline.running(array)[:3]
     # USR2: what Slurm sends before the time limit
     for job, number in {requeued: signal.SIGUSR2, killed: signal.SIGKILL}.items():
         for pid in processes_of(job):
@@ -97,14 +47,38 @@ def test_killed_in_two_stages_it_goes_on_to_the_report(tmp_path: Path, slurm: Cl
     assert len(pipeline.began()) == before
 
 
-def assert_every_row_once(pipeline: Pipeline) -> None:
-    (embeddings,) = (pipeline.out / "embeddings").iterdir()
-    units = finished_units(embeddings).values()
-    assert len({unit.source for unit in units}) == len(units) == PARTS
-    manifest, segments = Collection(pipeline.out / "collection").open()
-    keys = [str(key) for segment in segments for key in segment.meta["key"].to_pylist()]
-    assert sorted(keys) == [f"s{i:04d}" for i in range(SAMPLES)]
-    assert manifest.rows == manifest.members == SAMPLES
+@pytest.mark.long
+def test_five_of_fifty_are_killed(tmp_path: Path, slurm: Cluster) -> None:
+    pipeline = Pipeline(tmp_path, slurm, parts=50)
+    assert pipeline() == 0
+    (array,) = pipeline.jobs("embed")
+    killed: list[str] = []
+    while len(killed) < 5:
+        slurm.wait_for(lambda: set(pipeline.running(array)) - set(killed), WAIT_S, "an element that runs")
+        job = next(job for job in pipeline.running(array) if job not in killed)
+        for pid in processes_of(job):
+            os.kill(pid, signal.SIGKILL)
+        killed.append(job)
+    slurm.wait_for(lambda: not slurm.jobs(), 2 * WAIT_S, "the end of all that can still end well")
+    lost = sorted(int(job.split("_")[1]) for job in killed)
+    assert len(pipeline.marks()) == 50 - len(lost)
+    assert pipeline("--wait") == 0
+    sent = [line for line in records.submissions(pipeline.out / "slurm") if line["name"] == "embed"]
+    assert [line["elements"] for line in sent] == [list(range(50)), lost]
+    assert_every_row_once(pipeline)
+
+
+@pytest.mark.long
+def test_killed_in_every_stage_it_goes_on(tmp_path: Path, slurm: Cluster) -> None:
+    pipeline = Pipeline(tmp_path, slurm)
+    for stage in ("train", "embed", "build", "publish", "retrieval", "report"):
+        assert pipeline() == 0
+        slurm.wait_for(lambda: pipeline.runs(stage), WAIT_S, f"stage {stage} to run")  # noqa: B023
+        slurm.run("scancel", *{job.partition("_")[0] for job in pipeline.runs(stage)})
+        slurm.wait_for(lambda: not slurm.jobs(), WAIT_S, "the end of all that can still end well")
+    assert pipeline("--wait") == 0
+    assert "<html" in (pipeline.out / "report.html").read_text()
+    assert_every_row_once(pipeline)
 
 
 @pytest.mark.long
