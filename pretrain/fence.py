@@ -13,6 +13,7 @@ there writes that one line when it goes on. At a manifest there is none (`pretra
 from __future__ import annotations
 
 import datetime
+import errno
 import fcntl
 import json
 import logging
@@ -130,6 +131,7 @@ def _acquired(folder: Path, handle: TextIO, me: dict[str, Any], wait_s: float) -
     handle.truncate(0)
     handle.write(json.dumps(me) + "\n")
     handle.flush()
+    os.fsync(handle.fileno())  # for whoever finds it locked from another node
     _name(folder, me)
     return True
 
@@ -165,6 +167,13 @@ def _locks(handle: TextIO) -> bool:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+        raise UserError(
+            f"{handle.name}: the file system keeps no locks ({error.strerror}); have it mounted with them (Lustre: -o "
+            "flock), or give the run a folder elsewhere and checkpoint.to there"
+        ) from None
     return True
 
 

@@ -33,12 +33,12 @@ T = TypeVar("T")
 
 
 def set_up(
-    recipe: Recipe, process: Process, folder: RunFolder, attempt: str, cleanup: ExitStack, raised: set[str]
+    recipe: Recipe, process: Process, folder: RunFolder, attempt: str, cleanup: ExitStack, raised: set[str | int]
 ) -> Trainer | None:
     """The trainer of this start; None where the run has done its last step.
 
     attempt: what names its checkpoint files. What must be closed or put back at the end is given to `cleanup`. raised:
-    what signals have asked for so far.
+    what signals have asked for so far, and their numbers.
 
     Raises:
         UserError: recipe, data, world or folder do not fit one another.

@@ -44,7 +44,7 @@ def train(recipe: Recipe, process: Process) -> bool:
             has taken the run over.
     """
     folder = RunFolder(recipe.output)
-    raised: set[str] = set()  # a signal that comes as a run goes back is not forgotten
+    raised: set[str | int] = set()  # a signal that comes as a run goes back is not forgotten
     with ExitStack() as held:
         attempt = by_first(lambda: _take_hold(folder, recipe, held), process)
         folder.fence = Fence(folder.path, attempt)
@@ -68,7 +68,7 @@ def _take_hold(folder: RunFolder, recipe: Recipe, held: ExitStack) -> str:
     return attempt
 
 
-def _start(recipe: Recipe, process: Process, folder: RunFolder, attempt: str, raised: set[str]) -> bool:
+def _start(recipe: Recipe, process: Process, folder: RunFolder, attempt: str, raised: set[str | int]) -> bool:
     before = len(folder.starts())
     explained = memory_explained(recipe, process, folder.path, folder.may_write)
     with ExitStack() as cleanup, _refusal_noted(folder, before), explained:

@@ -66,7 +66,8 @@ class Trainer:
     evaluation: LiveEvaluation | None
     start: int
     total: int
-    raised: set[str] = field(default_factory=set)
+    raised: set[str | int] = field(default_factory=set)
+    """What signals, and wishes from outside, have asked for; and the signals' numbers."""
     warned: set[str] = field(default_factory=set)
     logged_save: int | None = None
     saved_and_stopped: bool = False
@@ -281,13 +282,10 @@ class Trainer:
     def listening(self) -> Iterator[None]:
         """Within: a signal asks for a save and an end, instead of ending the process."""
 
-        received: set[int] = set()
-
         def ask(number: int, _frame: object) -> None:
             if "stop" in self.raised and number == signal.SIGINT:
                 raise KeyboardInterrupt  # the second Ctrl-C does not wait for the save
-            self.raised.add("stop")
-            received.add(number)
+            self.raised |= {"stop", number}
 
         before = {int(number): signal.signal(number, ask) for number in SIGNALS}
         try:
@@ -295,9 +293,9 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        for number in received - {signal.SIGINT}:
+        for number in sorted(before.keys() & self.raised - {signal.SIGINT}):
             if self.saved_and_stopped and callable(handler := before[number]):
-                handler(number, None)  # submitit's, which puts the job back into the queue: now there is a checkpoint
+                handler(number, None)  # a job's, which has it put back into the queue: now there is a checkpoint
 
     def announce(self) -> None:
         """A line on what begins."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from pretrain.errors import UserError
 from pretrain.telemetry.alive import alive, heartbeats
 from pretrain.telemetry.progress import duration
-from slurm import queue, records, saves, tail
+from slurm import queue, saves, tail
 from slurm.queue import Queued
 from slurm.status import Jobs, Seen, is_run, look, runs_below
 
@@ -41,11 +41,7 @@ class Cancelled:
 def run_of(job: Queued) -> Path | None:
     """The run that `job` trains; None: it does something else, or has not begun."""
     about = Path(job.about)
-    for run in [about] if is_run(about) else runs_below(about):
-        lines = records.read(run / "slurm")
-        if any(str(line.get("job")) == job.job for line in lines):
-            return run
-    return None
+    return next((run for run in ([about] if is_run(about) else runs_below(about)) if queue.of_run(run, [job])), None)
 
 
 def cancel(job: Queued) -> Cancelled:

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--collection", type=Path, help="publish into this one, beside what it holds (default: DIR/collection)")
     add(
         "--tasks", nargs="+", choices=RESULTS,
-        help="evaluations (default: all that the recipe's towers and --train allow)",
+        help="evaluations (default: all that the towers, the data and --train allow)",
     )  # fmt: skip
     add("--parts", type=int, default=12, help="elements that share the embedding, at most one a tar (default 12)")
     add("--parallel", type=int, help="elements at once (default: as many as find room; with --local 1)")

@@ -41,7 +41,9 @@ def send_left(pipeline: Pipeline) -> list[Line]:
         UserError: Slurm refuses a job, or a stage runs that the command would have otherwise.
     """
     with pipeline.held():
-        left, waits = pipeline.left(), ledger.waiting_or_running((str(pipeline.out), str(pipeline.run)))
+        left = pipeline.left()
+        settled = ledger.settled(lambda jobs: _jobs(pipeline, jobs))
+        queued = {job.job: job for job in _jobs(pipeline, settled)}
         jobs: dict[str, list[str]] = {}
         lines = []
         for stage in pipeline.stages:
@@ -49,30 +51,34 @@ def send_left(pipeline: Pipeline) -> list[Line]:
             line = Line(stage.name, "done")
             if left[stage.name]:
                 do = _send_training if stage.name == TRAIN else _send_stage
-                line = do(pipeline, stage, left[stage.name], after, waits)
+                line = do(pipeline, stage, left[stage.name], after, queued)
                 jobs[stage.name] = line.jobs
                 line.after = [need for need in stage.needs if left[need]]
             lines.append(line)
         return lines
 
 
+def _jobs(pipeline: Pipeline, jobs: queue.Jobs) -> list[queue.Queued]:
+    """Those of its stages, training among them."""
+    return jobs.about(pipeline.out) + jobs.of(pipeline.run)
+
+
 def _send_training(
-    pipeline: Pipeline, stage: Stage, left: list[int], after: list[str], waits: dict[str, queue.Queued]
+    pipeline: Pipeline, stage: Stage, left: list[int], after: list[str], queued: dict[str, queue.Queued]
 ) -> Line:
     before = ledger.how_ended(pipeline.run / "slurm")
-    for job in waits.values():
-        if job.about == str(pipeline.run):
-            return Line(TRAIN, _told([job], stage), [job.job])
+    for job in queue.of_run(pipeline.run, queued.values()):
+        return Line(TRAIN, _told([job], stage), [job.job])
     job_id = submit(pipeline.work(stage, left), "slurm").job_id
     return Line(TRAIN, "sent", [job_id], before=list(before.values())[-1] if before else "")
 
 
 def _send_stage(
-    pipeline: Pipeline, stage: Stage, left: list[int], after: list[str], waits: dict[str, queue.Queued]
+    pipeline: Pipeline, stage: Stage, left: list[int], after: list[str], queued: dict[str, queue.Queued]
 ) -> Line:
     newest, ended = ledger.newest(pipeline.folder), ledger.how_ended(pipeline.folder)
     sent = {part: newest[stage.name, part] for part in left if (stage.name, part) in newest}
-    under_way = {part: waits[job.job] for part, job in sent.items() if job.job in waits}
+    under_way = {part: queued[job.job] for part, job in sent.items() if job.job in queued}
     stale = [part for part, job in under_way.items() if _stale(stage, sent[part], after, job)]
     if stale:
         queue.ask("scancel", *(under_way.pop(part).job for part in stale))
@@ -120,7 +126,7 @@ def _told(jobs: Sequence[queue.Queued], stage: Stage, done: int = 0) -> str:
 def wait_for(pipeline: Pipeline, say: Callable[[str], None]) -> int:
     """Until none of its jobs is in the queue; 0 when all is done. Tells of every stage that is."""
     before = pipeline.left()
-    while ledger.waiting_or_running((str(pipeline.out), str(pipeline.run))):
+    while _jobs(pipeline, queue.Jobs(queue.queued())):
         left = pipeline.left()
         for stage, parts in left.items():
             if before[stage] and not parts:

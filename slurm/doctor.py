@@ -6,7 +6,6 @@ Each problem says what is wrong, why it matters and what to do.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import secrets
 import shlex
@@ -20,7 +19,7 @@ from pretrain.cli_doctor import Problem, version
 from pretrain.errors import UserError
 from slurm import probe, queue, site
 from slurm.profile import Profile
-from slurm.work import Resources
+from slurm.work import Resources, outside_jobs
 
 COMMANDS = ("sbatch", "srun", "scontrol", "squeue", "scancel", "sacct")
 PROBE_MIN = 10
@@ -58,7 +57,7 @@ def run_probe(profile: Profile, resources: Resources, folder: Path, tell: Callab
     argv = command(profile, resources, place)
     tell(f"a short job on {resources.nodes} node{'s' * (resources.nodes > 1)}: waiting for its turn")
     try:
-        done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, env=_clean(os.environ))
+        done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, env=outside_jobs())
         found = reports(done.stdout)
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -75,7 +74,7 @@ def command(profile: Profile, resources: Resources, place: Path) -> list[str]:
     code = Path(__file__).resolve().parents[1]
     seen = (Path.cwd(), place.parent.absolute(), code)
     variables = {"PYTHONPATH": str(code), "PYTHONSAFEPATH": "1", "SUBMITIT_EXECUTOR": "slurm"} | profile.variables()
-    python = profile.interpreter(seen, tuple(variables))
+    python = profile.interpreter(seen)
     flags = {
         "nodes": resources.nodes, "ntasks-per-node": resources.ranks_per_node, "time": PROBE_MIN,
         "gpus-per-node": resources.gpus_per_node or None, "job-name": "polyview-doctor",
@@ -188,8 +187,3 @@ def _controller(said: str) -> Problem:
 
 def _hosts(found: Iterable[Report]) -> str:
     return ", ".join(dict.fromkeys(str(report["host"]) for report in found))
-
-
-def _clean(environment: os._Environ[str]) -> dict[str, str]:
-    """Without what a job that this process may be in tells srun."""
-    return {k: v for k, v in environment.items() if not k.startswith(("SLURM_", "SBATCH_")) or k == "SLURM_CONF"}

@@ -1,9 +1,9 @@
-"""Which job was last sent for what: the elements of arrays one by one, and those of them that wait or run."""
+"""Which job was last sent for what: the elements of arrays one by one, and those of them that are under way."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from slurm import queue, records
 from slurm.work import Cluster, Work
 
 ENDING_S = 60
-"""Seconds that a job may take to leave the queue before it is taken for over."""
+"""Seconds that a job may take to leave the queue. One whose node is lost, and which comes back, takes longer."""
 
 Element = tuple[str, int | str]
 """What an array does in all, and which of it an element does."""
@@ -54,14 +54,14 @@ def array(job: str) -> str:
     return job.partition("_")[0]
 
 
-def waiting_or_running(about: Collection[str]) -> dict[str, queue.Queued]:
-    """Jobs in the queue that belong to folders `about`, once those that are about to end have."""
+def settled(mine: Callable[[queue.Jobs], Iterable[queue.Queued]]) -> queue.Jobs:
+    """The queue, once those of `mine` that are about to end have left it. One that does not is under way: it may be
+    about to come back."""
     patience = time.monotonic() + ENDING_S
     while True:
-        jobs = {job.job: job for job in queue.queued() if job.about in about}
-        ending = [job for job in jobs.values() if job.state == "COMPLETING"]
-        if not ending or time.monotonic() > patience:
-            return {name: job for name, job in jobs.items() if job not in ending}
+        jobs = queue.Jobs(queue.queued())
+        if time.monotonic() > patience or not any(job.state == "COMPLETING" for job in mine(jobs)):
+            return jobs
         time.sleep(1)
 
 

@@ -11,28 +11,18 @@ import glob
 import hashlib
 import json
 import secrets
-import signal
 import socket
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import submitit
-
 from pretrain.durable import write_text
 from pretrain.errors import UserError
-from pretrain.exit_codes import REFUSED, STOPPED
 from pretrain.recipe import Recipe
 from pretrain.run import RunFolder
-from slurm import records, requeue
-from slurm.command_job import CommandJob
 from slurm.stages import TRAIN, TRAINED, Stage
-
-SEEN_S = 60.0
-"""Until what was written on one node is seen on another, on a network file system."""
 
 
 @dataclass(frozen=True)
@@ -81,50 +71,6 @@ class Marks:
         if stage.parts == 1:
             return self.folder / f"{stage.name}.json"
         return self.folder / stage.name / f"{part:05d}-of-{stage.parts:05d}.json"
-
-
-class StageJob(CommandJob):
-    """A stage, or one part of it, and its mark."""
-
-    def __init__(self, stage: Stage, part: int, needs: Sequence[Stage], marks: Marks, max_restarts: int) -> None:
-        super().__init__(stage.argv, max_restarts, (part, stage.parts))
-        self.stage, self.part, self.needs, self.marks = stage, part, list(needs), marks
-
-    def __call__(self) -> None:
-        place, folder = submitit.JobEnvironment(), self.marks.folder.parent / "slurm"
-        job, restart = place.job_id, requeue.restarts()
-        if place.cluster == "local":
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.default_int_handler)
-        records.append(folder, "began", job=job, restart=restart, nodes=list(place.hostnames), silent=[])
-        self.how = "failed: exit code 1"
-        try:
-            on = self._on()
-            self.argv = [named(word, on) for word in self.stage.argv]
-            super().__call__()
-            self.marks.write(self.stage, self.part, on, job)
-            self.how = "done"
-        except SystemExit as end:
-            if end.code != STOPPED:  # else it was asked to end, and told how
-                self.how = f"failed: exit code {end.code}"
-            raise
-        finally:
-            records.append(folder, "ended", job=job, restart=restart, how=self.how)
-
-    def note(self, how: str) -> None:
-        self.how = how
-
-    def _on(self) -> dict[str, str | None]:
-        """The ends that this stands on, once they are seen from here."""
-        patience = time.monotonic() + SEEN_S
-        on = self.marks.stamps(self.needs)
-        while missing := [name for name, stamp in on.items() if stamp is None]:
-            if time.monotonic() > patience:
-                print(f"{' and '.join(missing)}: no mark of an end in {self.marks.folder}", file=sys.stderr)
-                sys.exit(REFUSED)
-            time.sleep(1)
-            on = self.marks.stamps(self.needs)
-        return on
 
 
 def named(word: str, on: Mapping[str, str | None]) -> str:

@@ -21,9 +21,10 @@ from pretrain.errors import UserError
 from pretrain.recipe import Recipe
 from slurm import ledger
 from slurm.here import log_of, run_here, tail
-from slurm.marks import Marks, StageJob, named, trained
+from slurm.marks import Marks, named, trained
 from slurm.profile import Profile
 from slurm.snapshot import snapshot
+from slurm.stage_job import StageJob
 from slurm.stages import TRAIN, Room, Stage
 from slurm.submit import submit, training
 from slurm.work import Cluster, Resources, Work, script, send

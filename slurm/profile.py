@@ -21,6 +21,9 @@ from pretrain.recipe.reading import mapping, parse
 
 SHIPPED = Path(__file__).parent / "profiles"
 
+EARLY_S = 60
+"""Seconds that Slurm's warning may come early: it looks at its clock once a minute (sbatch, --signal)."""
+
 NETWORKS = {
     "ethernet": {"NCCL_IB_DISABLE": "1"},
     "infiniband": {"NCCL_IB_DISABLE": "0", "NCCL_IB_TIMEOUT": "22", "NCCL_IB_RETRY_CNT": "7"},
@@ -36,15 +39,15 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFL
 class Container(Part):
     """The image that a job's processes run in; the site's `setup` runs outside of it."""
 
-    kind: Literal["apptainer", "docker", "pyxis"]
+    kind: Literal["apptainer", "pyxis"]
     image: str
-    """A .sif file, a name with tag, or what the site's pyxis takes."""
+    """A .sif file, or what the site's pyxis takes."""
     binds: tuple[str, ...] = ()
-    """Folders that are seen inside, `HOST` or `HOST:INSIDE`; the working, run and code folders always are."""
+    """Folders that are seen inside, `HOST:INSIDE`; the working, run and code folders always are. Data too."""
     python: str = "python"
     """The interpreter inside."""
     options: tuple[str, ...] = ()
-    """More flags of `apptainer exec` or `docker run`."""
+    """More flags of `apptainer exec`."""
 
 
 class Profile(Part):
@@ -80,7 +83,7 @@ class Profile(Part):
     offline: bool = False
     """Nodes without internet: libraries are told not to ask for it."""
     python: str | None = None
-    """The shell command that starts Python on the nodes; null: this one."""
+    """The shell command that starts Python on the nodes, with a container outside of it; null: this one."""
     container: Container | None = None
     srun: tuple[str, ...] = ("--kill-on-bad-exit=1",)
     """More flags of srun."""
@@ -102,18 +105,15 @@ class Profile(Part):
             found |= {"NCCL_SOCKET_IFNAME": self.interface, "GLOO_SOCKET_IFNAME": self.interface}
         return found | (OFFLINE if self.offline else {}) | self.env
 
-    def interpreter(self, seen: tuple[Path, ...], variables: tuple[str, ...]) -> str:
-        """The shell command that starts Python on a node, with folders `seen` and `variables` inside of a container."""
+    def interpreter(self, seen: tuple[Path, ...]) -> str:
+        """The shell command that starts Python on a node, with folders `seen` inside of a container."""
         box = self.container
-        if box is None or box.kind == "pyxis":  # pyxis: srun itself starts it in the image
-            return self.python or (shlex.quote(sys.executable) if box is None else box.python)
+        if box is None:
+            return self.python or shlex.quote(sys.executable)
+        if box.kind == "pyxis":  # srun itself starts it in the image
+            return box.python
         binds = [*box.binds, *(f"{folder}:{folder}" for folder in seen)]
-        if box.kind == "apptainer":
-            words = ["apptainer", "exec", *box.options, *(f"--bind={bind}" for bind in binds), box.image]
-        else:
-            names = [f"--env={name}" for name in variables]
-            mounts = [f"--volume={bind if ':' in bind else f'{bind}:{bind}'}" for bind in binds]
-            words = ["docker", "run", "--rm", "--network=host", "--ipc=host", *names, *mounts, *box.options, box.image]
+        words = ["apptainer", "exec", *box.options, f"--pwd={Path.cwd()}", *(f"--bind={b}" for b in binds), box.image]
         return shlex.join([*words, *shlex.split(box.python)])
 
     def srun_flags(self, cpus_per_rank: int, seen: tuple[Path, ...]) -> list[str]:
@@ -122,6 +122,7 @@ class Profile(Part):
         if self.container and self.container.kind == "pyxis":
             mounts = [*self.container.binds, *(f"{folder}:{folder}" for folder in seen)]
             flags += [f"--container-image={self.container.image}", f"--container-mounts={','.join(mounts)}"]
+            flags += [f"--container-workdir={Path.cwd()}"]
         return flags
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.errors import UserError
+from slurm import records
 
 ANSWER_S = 60
 ACCOUNTS_S = 10
@@ -75,9 +76,41 @@ def belonging(what: str | Path, jobs: Iterable[Queued]) -> list[Queued]:
     asked = str(what)
     if asked.replace("_", "").isdigit():
         return [job for job in jobs if asked in (job.job, job.job.partition("_")[0])]
-    folder = os.path.realpath(what)
-    below = os.path.join(folder, "")
-    return [job for job in jobs if job.about and f"{os.path.realpath(job.about)}/".startswith(below)]
+    jobs, below = list(jobs), os.path.join(os.path.realpath(what), "")
+    found = [job for job in jobs if job.about and f"{os.path.realpath(job.about)}/".startswith(below)]
+    return found + [job for job in of_run(Path(what), jobs) if job not in found]
+
+
+def of_run(run: Path, jobs: Iterable[Queued]) -> list[Queued]:
+    """Those of `jobs` that train `run`."""
+    return Jobs(jobs).of(run)
+
+
+class Jobs:
+    """Jobs in the queue, found by the folder that they belong to."""
+
+    def __init__(self, jobs: Iterable[Queued]) -> None:
+        self._by_folder: dict[str, list[Queued]] = {}
+        for job in {job.job: job for job in jobs if job.about}.values():
+            self._by_folder.setdefault(os.path.realpath(job.about), []).append(job)
+
+    def about(self, folder: Path) -> list[Queued]:
+        """Those about `folder` itself."""
+        return list(self._by_folder.get(os.path.realpath(folder), ()))
+
+    def of(self, run: Path) -> list[Queued]:
+        """Those that train `run`: about it, or about a folder of runs (a sweep's array) and named by its records."""
+        parents = Path(os.path.realpath(run)).parents
+        above = [job for parent in parents for job in self._by_folder.get(str(parent), ())]
+        known = _known(run / "slurm") if above else ()
+        return self.about(run) + [job for job in above if job.job in known]
+
+
+def _known(folder: Path) -> set[str]:
+    """Jobs of Slurm's that the records of a run name."""
+    lines = records.read(folder)
+    here = {str(line["job"]) for line in lines if line.get("cluster") == "local"}
+    return {str(line.get("job")) for line in lines} - here
 
 
 def ended(jobs: Sequence[str]) -> dict[str, str]:

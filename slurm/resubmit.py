@@ -44,7 +44,7 @@ def requeue(run: Path, flags: argparse.Namespace, tell: Callable[[str], None]) -
     recipe, resources, profile = asked(run, last, flags)
     with _within(last.get("cwd")):
         training(recipe, resources, profile, write=False)  # refused before anything is ended
-    jobs = queue.belonging(run, queue.queued())
+    jobs = queue.of_run(run, queue.queued())
     if not any(getattr(flags, change) is not None for change in CHANGES):
         for job in jobs:
             if job.state == "RUNNING":
@@ -105,7 +105,7 @@ def _clear(run: Path, jobs: list[Queued], limit_s: float, tell: Callable[[str], 
     for job in waits:
         cancel(job)
     patience = time.monotonic() + limit_s
-    while left := queue.belonging(run, queue.queued()) if jobs else []:
+    while left := queue.of_run(run, queue.queued()) if jobs else []:
         if time.monotonic() > patience:
             raise UserError(f"job {left[0].job} of {run} does not leave the queue ({left[0].state}); try again later")
         time.sleep(POLL_S)

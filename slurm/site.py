@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 
 from pretrain.cli_doctor import Problem
-from slurm.profile import Profile
+from slurm.profile import EARLY_S, Profile
 
 SAVE_S = 30
 """A save of a large model may take that long."""
@@ -43,7 +43,10 @@ def problems(
         what = f"no partition {profile.partition}" if profile.partition else "no partition is the default"
         return [Problem(what, "sbatch refuses the job", f"--partition, or the profile's: {', '.join(parts)}")]
     part = parts[name]
-    return [*_room(profile, nodes, name, part), *_preemption(name, config, part), *_accounting(profile, config)]
+    return [
+        *_warning(profile), *_room(profile, nodes, name, part), *_preemption(name, config, part),
+        *_accounting(profile, config),
+    ]  # fmt: skip
 
 
 def facts(config: Mapping[str, str], part: Mapping[str, str] | None) -> dict[str, object]:
@@ -74,6 +77,17 @@ def minutes(limit: str) -> float:
     else:
         hours, minute, second = (0,) * (3 - len(parts)) + tuple(parts) if len(parts) > 1 else (0, parts[0], 0)
     return int(days or 0) * 1440 + hours * 60 + minute + second / 60
+
+
+def _warning(profile: Profile) -> list[Problem]:
+    if 60 * profile.minutes > profile.signal_s + EARLY_S:
+        return []
+    what = (
+        f"jobs ask for {profile.minutes} minutes, and are warned {profile.signal_s} s before that (Slurm may be "
+        f"{EARLY_S} s early)"
+    )
+    why = "each is told to save and to go back into the queue as soon as it begins"
+    return [Problem(what, why, "more --minutes, or a smaller signal_s in the profile")]
 
 
 def _room(profile: Profile, nodes: int, name: str, part: Mapping[str, str]) -> list[Problem]:
@@ -115,8 +129,9 @@ def _preemption(name: str, config: Mapping[str, str], part: Mapping[str, str]) -
 def _accounting(profile: Profile, config: Mapping[str, str]) -> list[Problem]:
     if "wckeys" not in config.get("AccountingStorageEnforce", "").lower() or profile.wckey:
         return []
-    why = "sbatch refuses jobs whose key it does not know; submitit's own is 'submitit'"
-    return [Problem("this site accepts jobs with a wckey of its list only", why, "wckey: … in the profile")]
+    what = "this site accepts jobs with a wckey of its list only, and the profile has none"
+    why = "a job without one gets your default key, and is refused where you have none"
+    return [Problem(what, why, "wckey: … in the profile, one of `sacctmgr show wckey`")]
 
 
 def _seconds(text: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,11 @@ TRAINED = "{trained}"
 
 RESULTS = {"retrieval": "zeroshot_retrieval_*", "knn": "knn_*", "zeroshot": "zeroshot_classification_*"}
 """Tasks of `downstream`, and the files of their results."""
+
+LOOKED_AT = 1000
+"""Members of a tar by which it is told what its samples have."""
+NO_CLASS = b"-1"
+"""In the `cls` of a sample that has none."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,8 @@ class Asked:
     """What a pipeline is to do, beside training its recipe.
 
     shards: embedded and evaluated. train: labelled ones that vote, for kNN. collection: to publish into, one that may
-    hold other embeddings; None: one of its own in `out`. tasks: of RESULTS; None: all that can be done.
+    hold other embeddings; None: one of its own in `out`. tasks: of RESULTS; None: all that the towers
+    and the data allow.
     """
 
     out: Path
@@ -79,8 +86,9 @@ def stages(recipe: Recipe, asked: Asked) -> list[Stage]:
     replace = () if asked.collection else ("--replace",)  # its own holds what was embedded last, whatever trained it
     embed = ("embed", run, shards, "--out", embeddings)
     build = ("build", collection, "--from", embeddings, *replace)
-    evaluations = [_evaluation(task, run, out, shards, asked.train) for task in _tasks(recipe, asked)]
-    report = ("report", run, "--results", f"{out}/results", "--out", f"{out}/report.html")
+    evaluations = [_evaluation(task, run, out, shards, asked.train) for task in _tasks(recipe, asked, tars)]
+    results = ("--results", f"{out}/results") if evaluations else ()
+    report = ("report", run, *results, "--out", f"{out}/report.html")
     lies, held = glob.escape(out), glob.escape(collection)
     return [
         Stage(TRAIN, ("train", run), room="train"),
@@ -95,16 +103,51 @@ def stages(recipe: Recipe, asked: Asked) -> list[Stage]:
     ]  # fmt: skip
 
 
-def _tasks(recipe: Recipe, asked: Asked) -> list[str]:
+def _tasks(recipe: Recipe, asked: Asked, tars: Sequence[Path]) -> list[str]:
     lacking = {} if asked.train else {"knn": "--train SHARDS, labelled images that vote"}
     if recipe.model.text is None:
         lacking |= dict.fromkeys(("retrieval", "zeroshot"), "a text tower, and the recipe has model.text: null")
     if asked.tasks is None:
-        return [task for task in RESULTS if task not in lacking]
+        judged = _judged(tars, asked.train)
+        return [task for task in RESULTS if task not in lacking and task in judged]
     for task in asked.tasks:
         if task in lacking:
             raise UserError(f"--tasks {task} needs {lacking[task]}")
     return [task for task in RESULTS if task in asked.tasks]
+
+
+def _judged(tars: Sequence[Path], voting: str | None) -> set[str]:
+    """Tasks that the first samples have what it takes for: captions, class numbers, names of the classes."""
+    there, found = _parts(tars), set()
+    if "txt" in there:
+        found.add("retrieval")
+    if "cls" in there and any((folder / "classnames.txt").is_file() for folder in list(tars[0].parents)[:2]):
+        found.add("zeroshot")
+    if "cls" in there and voting and "cls" in _parts(_seen(voting)[1]):
+        found.add("knn")
+    return found
+
+
+def _parts(tars: Sequence[Path]) -> set[str]:
+    """What samples of the first tar that holds some have: extensions, such as `png` and `cls`."""
+    try:
+        return next(filter(None, map(_parts_of, tars)), set())
+    except OSError as error:
+        raise UserError(f"shard {error.filename} cannot be read: {error.strerror}") from error
+
+
+def _parts_of(tar: Path) -> set[str]:
+    from pretrain.shards.grouping import split_name
+    from pretrain.shards.tarwalk import Member, walk
+
+    found = set()
+    with tar.open("rb") as file:
+        for member in itertools.islice(walk(file.fileno(), tar.stat().st_size), LOOKED_AT):
+            if not isinstance(member, Member) or not (named := split_name(member.name)):
+                continue
+            if named[1] != "cls" or os.pread(file.fileno(), member.size, member.offset).strip() != NO_CLASS:
+                found.add(named[1])
+    return found
 
 
 def _evaluation(task: str, run: str, out: str, shards: str, train: str | None) -> Stage:

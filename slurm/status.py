@@ -21,7 +21,7 @@ from pretrain.exit_codes import LOST, TABLE
 from pretrain.telemetry.alive import FOLDER, LEAST_S, SILENT, alive
 from pretrain.telemetry.progress import duration
 from slurm import queue, records, saves, tail
-from slurm.queue import Queued
+from slurm.queue import Jobs, Queued
 from slurm.reasons import why
 
 STANDS_S = 300
@@ -125,28 +125,11 @@ def find(asked: Sequence[Path], jobs: Iterable[Queued]) -> list[Path]:
     return list({os.path.realpath(run): run for run in reversed(found)}.values())[::-1]
 
 
-class Jobs:
-    """Jobs in the queue, found by the run that they belong to."""
-
-    def __init__(self, jobs: Iterable[Queued]) -> None:
-        self._by_id = {job.job: job for job in jobs}
-        self._by_folder: dict[str, list[Queued]] = {}
-        for job in self._by_id.values():
-            if job.about:
-                self._by_folder.setdefault(os.path.realpath(job.about), []).append(job)
-
-    def of(self, run: Path, known: Iterable[str]) -> list[Queued]:
-        """Those about `run`, and those whose ids are `known` to it: elements of an array are about the whole."""
-        about = self._by_folder.get(os.path.realpath(run), [])
-        named = (self._by_id[job] for job in known if job in self._by_id)
-        return list({job.job: job for job in (*about, *(job for job in named if job.about))}.values())
-
-
 def look(run: Path, jobs: Jobs) -> Seen:
     """Read what is known of `run`."""
     folder, starts = run / "slurm", _starts(run)
     sent, tried = records.submissions(folder), records.attempts(folder)
-    own = jobs.of(run, [str(line["job"]) for line in sent[-1:]] + [attempt.job for attempt in tried[-1:]])
+    own = jobs.of(run)
     over = not starts or "ended" in starts[-1]
     goes_on = not own and not over and alive(run)
     return Seen(run, own, tail.read(run), starts, tried, sent[-1] if sent else None, goes_on)
@@ -251,7 +234,7 @@ def _begun_since(seen: Seen) -> bool:
     with suppress(IndexError, KeyError, TypeError, ValueError):
         newest = seen.starts[-1]
         begun = datetime.datetime.fromisoformat(newest["date"]).timestamp()
-        return newest.get("slurm_job_id") is None and begun > (seen.tried[-1].ended or seen.tried[-1].began)
+        return newest.get("slurm_job") is None and begun > (seen.tried[-1].ended or seen.tried[-1].began)
     return False
 
 

@@ -13,7 +13,7 @@ from pretrain.errors import UserError
 from pretrain.recipe import Recipe, check_split, dump_recipe
 from pretrain.run import RunFolder
 from slurm import queue, records
-from slurm.profile import Profile
+from slurm.profile import EARLY_S, Profile
 from slurm.snapshot import snapshot
 from slurm.train_job import TrainJob
 from slurm.work import Cluster, Resources, Work, send
@@ -28,20 +28,25 @@ def training(
         UserError: as `train_job`.
     """
     job = train_job(recipe, resources, profile, write=write)
-    folder = Path(job.run) / "slurm"
-    code = snapshot(folder, [name for name in recipe.objectives if "." in name], write=write)
-    return Work(recipe.name, folder, [job], resources, profile, code, job.run, after, comes_back=True)
+    code = snapshot(job.folder, [name for name in recipe.objectives if "." in name], write=write)
+    return Work(recipe.name, job.folder, [job], resources, profile, code, str(job.run), after)
 
 
 def train_job(recipe: Recipe, resources: Resources, profile: Profile, *, write: bool = True) -> TrainJob:
     """What every rank does. write: put its recipe into RUN/slurm.
 
     Raises:
-        UserError: the world does not fit the recipe, or its folder holds another run (with what differs).
+        UserError: the time limit leaves no time, the world does not fit the recipe, or its folder holds another run
+            (with what differs).
     """
+    if 60 * resources.minutes <= profile.signal_s + EARLY_S:
+        raise UserError(
+            f"a time limit of {resources.minutes} minutes, and a warning {profile.signal_s} s before it (the profile's "
+            f"signal_s; Slurm may be {EARLY_S} s early): no time is left to train"
+        )
     for world in resources.worlds:
         _check_world(recipe, world)
-    run = recipe.output.absolute()
+    run = Path(os.path.realpath(recipe.output))
     RunFolder(run).check(recipe)
     folder = run / "slurm"
     text = dump_recipe(recipe)
@@ -60,14 +65,13 @@ def submit(work: Work, cluster: Cluster) -> submitit.Job[Any]:
         UserError: a job of this run waits or runs already, or Slurm refuses this one.
     """
     if cluster == "slurm" and queue.here():
-        for job in queue.queued():
-            if job.about == work.about and job.state == "COMPLETING":
+        for job in queue.of_run(Path(work.about), queue.queued()):
+            if job.state == "COMPLETING":
                 raise UserError(f"job {job.job} of {work.about} is about to end: the same command again in a moment")
-            if job.about == work.about:
-                raise UserError(
-                    f"job {job.job} of {work.about} is in the queue already ({job.state}); see `python -m slurm status "
-                    f"{work.about}`, end it with `python -m slurm cancel {work.about} --save-first`"
-                )
+            raise UserError(
+                f"job {job.job} of {work.about} is in the queue already ({job.state}); see `python -m slurm status "
+                f"{work.about}`, end it with `python -m slurm cancel {work.about} --save-first`"
+            )
     (sent,) = send(work, cluster)
     asked = work.resources
     (task,) = work.tasks

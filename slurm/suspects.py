@@ -13,21 +13,26 @@ from slurm import records
 
 
 def silent(run: Path, folder: Path) -> list[str]:
-    """Nodes of the newest attempt in `folder` whose ranks all fell silent before others of RUN/heartbeat did; [] when
-    that attempt ended by itself, or all stopped together."""
+    """Nodes of the newest attempt in `folder`, as Slurm calls them, whose ranks all fell silent before others of
+    RUN/heartbeat did; [] when that attempt ended by itself, or all stopped together."""
     tried = records.attempts(folder)
     if not tried or tried[-1].how not in (None, f"failed: exit code {LOST}"):
         return []
+    called = {_short(node): node for node in tried[-1].nodes}  # a host may call itself n17.site.org
     nodes: dict[str, list[dict[str, Any]]] = {}
     for sign in heartbeats(run):
-        if sign["host"] in tried[-1].nodes and sign["time"] >= tried[-1].began:
-            nodes.setdefault(sign["host"], []).append(sign)
+        if (node := called.get(_short(sign["host"]))) and sign["time"] >= tried[-1].began:
+            nodes.setdefault(node, []).append(sign)
     took_leave = {host for host, signs in nodes.items() if any(sign["phase"] == "end" for sign in signs)}
     if took_leave:  # those that lost another rank say so; a node that is lost says nothing
         return sorted(nodes.keys() - took_leave)
     newest = {host: max(sign["time"] for sign in signs) for host, signs in nodes.items()}
     apart_s = SILENT * max((sign["every_s"] for signs in nodes.values() for sign in signs), default=0.0)
     return sorted(host for host, at in newest.items() if max(newest.values()) - at > apart_s)
+
+
+def _short(host: str) -> str:
+    return host.partition(".")[0]
 
 
 def suspects(tried: Sequence[records.Attempt]) -> dict[str, int]:

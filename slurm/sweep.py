@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -142,7 +143,6 @@ class Sweep:
             code,
             str(self.out),
             parallel=self.parallel,
-            comes_back=True,
         )
 
 
@@ -156,19 +156,21 @@ def send_left(sweep: Sweep) -> dict[str, str]:
     Raises:
         UserError: Slurm refuses it, or a folder holds another run.
     """
-    under_way = _under_way(sweep)
+    under_way = _under_way(sweep, ledger.settled(lambda jobs: _under_way(sweep, jobs).values()))
     some = [trial for trial in sweep.left if trial.name not in under_way]
     if not some:
         return {}
     work = sweep.work(some)
+    profile = sweep.profile.model_dump(mode="json", exclude_defaults=True)
     jobs = [job.job_id for job in send(work, "slurm")]
     ledger.note(work, WHAT, [trial.name for trial in some], ledger.array(jobs[0]), "slurm")
     asked = sweep.resources
-    for trial, job in zip(some, jobs):  # so that the run itself tells of it
+    for trial, task, job in zip(some, work.tasks, jobs):  # so that the run itself tells of it, and can go on alone
         records.append(
             trial.run / "slurm", "submitted", job=job, name=trial.recipe.name, nodes=asked.nodes,
-            most_nodes=asked.most_nodes, ranks_per_node=asked.ranks_per_node, recipe="", cluster="slurm",
-            code=work.code.name, after=[], logs=str(work.folder),
+            most_nodes=asked.most_nodes, ranks_per_node=asked.ranks_per_node,
+            recipe=Path(getattr(task, "recipe_file", "")).name, cluster="slurm", code=work.code.name, after=[],
+            profile=profile, cwd=os.getcwd(), logs=str(work.folder),
         )  # fmt: skip
     return dict(zip([trial.name for trial in some], jobs))
 
@@ -185,13 +187,9 @@ def run_left(sweep: Sweep) -> Iterator[tuple[Trial, int, Path]]:
         yield of[id(work)], code, log_of(work, job.job_id)
 
 
-def _under_way(sweep: Sweep) -> dict[str, queue.Queued]:
-    """Trials that wait or run, by name."""
-    sent = ledger.newest(sweep.folder)
-    if not sent:
-        return {}
-    waits = ledger.waiting_or_running((str(sweep.out),))
-    return {str(name): waits[job.job] for (_, name), job in sent.items() if job.job in waits}
+def _under_way(sweep: Sweep, jobs: queue.Jobs) -> dict[str, queue.Queued]:
+    """Trials that wait or run, by name: elements of an array, or submitted alone."""
+    return {trial.name: own[0] for trial in sweep.trials if (own := jobs.of(trial.run))}
 
 
 # ---------------------------------------------------------------- the table
@@ -199,7 +197,7 @@ def _under_way(sweep: Sweep) -> dict[str, queue.Queued]:
 
 def table(sweep: Sweep) -> list[dict[str, Any]]:
     """A row a trial: name, its values, state, step, last loss, and the last of each figure of its evaluations."""
-    under_way = _under_way(sweep)
+    under_way = _under_way(sweep, queue.Jobs(queue.queued())) if ledger.newest(sweep.folder) else {}
     rows = [_row(trial, under_way.get(trial.name)) for trial in sweep.trials]
     figures = sorted({name for row in rows for name in row if _figure(name)})
     return [row | {name: row.get(name) for name in figures} for row in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import zlib
 from pathlib import Path
@@ -20,11 +21,13 @@ PORTS = range(20_000, 32_000)
 class TrainJob:
     """One rank a task; submitit keeps it with the job, so that one that comes back goes on from the newest save.
 
-    recipe_file: the resolved recipe. run: its folder. max_restarts: times it puts itself back into the queue.
+    recipe_file: the resolved recipe. run: its folder. folder: of the job's records. max_restarts:
+    times it goes back into the queue.
     """
 
     def __init__(self, recipe_file: str, run: str, max_restarts: int) -> None:
-        self.recipe_file, self.run, self.max_restarts = recipe_file, run, max_restarts
+        self.recipe_file, self.run, self.max_restarts = recipe_file, Path(run), max_restarts
+        self.folder = self.run / "slurm"
 
     def __call__(self) -> None:
         from pretrain.__main__ import main  # only now: whoever submits a job needs no torch
@@ -34,10 +37,11 @@ class TrainJob:
         os.environ.update(meeting(place))
         print(heading(place.job_id, requeue.restarts(), place.global_rank, place.hostname), file=sys.stderr, flush=True)
         if inside_slurm:
-            requeue.listen(self.max_restarts, self._ended)
+            requeue.listen(self._ended)
         if first:
             self._began(place)
         code = main(["train", self.recipe_file])
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another task has ended, and Slurm ends the step with it
         if code == STOPPED and inside_slurm and not first:
             sys.exit(DONE)  # the first rank says how the job ends
         if first:
@@ -53,16 +57,13 @@ class TrainJob:
         from slurm.suspects import silent
 
         records.append(
-            self._folder(), "began", job=place.job_id, restart=requeue.restarts(), nodes=list(place.hostnames),
-            silent=silent(Path(self.run), self._folder()),
+            self.folder, "began", job=place.job_id, restart=requeue.restarts(), nodes=list(place.hostnames),
+            silent=silent(self.run, self.folder),
         )  # fmt: skip
 
     def _ended(self, how: str) -> None:
         job = submitit.JobEnvironment().job_id
-        records.append(self._folder(), "ended", job=job, restart=requeue.restarts(), how=how)
-
-    def _folder(self) -> Path:
-        return Path(self.run) / "slurm"
+        records.append(self.folder, "ended", job=job, restart=requeue.restarts(), how=how)
 
 
 def meeting(place: submitit.JobEnvironment) -> dict[str, str]:

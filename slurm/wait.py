@@ -14,7 +14,12 @@ from slurm import queue, records
 from slurm.work import Cluster, Work
 
 POLL_S = 2.0
-OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
+OVER = (
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
+    "TIMEOUT",
+)  # fmt: skip
+FORGOTTEN = "Invalid job id"
+"""Begins what the controller says of a job that it knows no more; whatever else it says is none about the job."""
 
 
 def outcome(work: Work, job: submitit.Job[Any], cluster: Cluster) -> int:
@@ -36,12 +41,19 @@ def _code(how: str) -> int:
 
 
 def _state(job: str) -> tuple[str, int]:
-    """What the controller says, or, when it has forgotten the job, the accounting."""
+    """State and exit code by the controller, which may be silent for a while, or, of a job that it knows no more, by
+    the accounting."""
     try:
         shown = queue.ask("scontrol", "--oneliner", "show", "job", job)
-    except UserError:
-        return queue.ended([job]).get(job, "CANCELLED"), CRASHED
+    except UserError as error:
+        return _forgotten(job) if FORGOTTEN in str(error) else ("UNKNOWN", CRASHED)
     state = re.search(r"JobState=(\w+)", shown)
     code = re.search(r" ExitCode=(\d+):(\d+)", shown)
     signalled = 128 + int(code[2]) if code and int(code[2]) else 0
     return state[1] if state else "UNKNOWN", (int(code[1]) or signalled) if code else CRASHED
+
+
+def _forgotten(job: str) -> tuple[str, int]:
+    """How a job ended that the controller knows no more: it will not come back, whatever it was seen doing last."""
+    state = queue.ended([job]).get(job, "")
+    return (state, DONE) if state == "COMPLETED" else ("CANCELLED", CRASHED)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -61,7 +62,6 @@ class Work:
     name: in the queue. folder: its logs and submitit's files; shared by all nodes. tasks: what every rank calls; more
     than one makes an array. code: where Python looks first (`slurm.snapshot`). about: kept as the job's comment, so
     that the queue tells what a job belongs to. after: jobs that must have ended well. parallel: of an array, at once.
-    comes_back: training, which goes back into the queue after what trying again can mend (`slurm.comeback`).
     """
 
     name: str
@@ -73,7 +73,6 @@ class Work:
     about: str
     after: tuple[str, ...] = ()
     parallel: int | None = None
-    comes_back: bool = False
 
 
 def send(work: Work, cluster: Cluster) -> list[submitit.Job[Any]]:
@@ -88,10 +87,12 @@ def send(work: Work, cluster: Cluster) -> list[submitit.Job[Any]]:
         )
     if cluster == "slurm" and (missing := [c for c in ("sbatch", "srun") if shutil.which(c) is None]):
         raise UserError(f"no {' and no '.join(missing)} on this machine: log in to the cluster, or use --local")
+    if "%" in str(work.folder.absolute()):
+        raise UserError(f"{work.folder.absolute()}: Slurm takes % in the path of a log for its own; choose another")
     work.folder.mkdir(parents=True, exist_ok=True)
     executor = _local(work) if cluster == "local" else _slurm(work, SlurmExecutor)
     try:
-        with _environment(_variables(work)) if cluster == "local" else nullcontext():
+        with _environment(outside_jobs() | (_variables(work) if cluster == "local" else {})):
             if len(work.tasks) == 1:
                 return [executor.submit(work.tasks[0])]
             return executor.map_array(_call, work.tasks)
@@ -105,6 +106,13 @@ def script(work: Work) -> str:
     if len(work.tasks) > 1:
         executor.parameters["map_count"] = len(work.tasks)
     return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def outside_jobs() -> dict[str, str]:
+    """This process's environment without what a job that it may be in tells Slurm's commands: a job that is sent from
+    within another would take that one's cores, memory and number of restarts for its own."""
+    told = ("SLURM_", "SBATCH_", "SRUN_", "SUBMITIT_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(told) or name == "SLURM_CONF"}
 
 
 class _Unsent(SlurmExecutor):
@@ -139,8 +147,8 @@ def _gpus_here() -> list[int]:
 
 def _slurm(work: Work, kind: type[SlurmExecutor]) -> SlurmExecutor:
     profile, asked = work.profile, work.resources
-    seen = (Path.cwd(), work.folder.absolute(), work.code.absolute())
-    python = profile.interpreter(seen, tuple(_variables(work)))
+    seen = (Path.cwd(), Path(work.about), work.folder.absolute(), work.code.absolute())
+    python = profile.interpreter(seen)
     executor = kind(work.folder, max_num_timeout=TIMEOUTS, python=python)
     own = {
         key: getattr(profile, key)
@@ -167,7 +175,7 @@ def _slurm(work: Work, kind: type[SlurmExecutor]) -> SlurmExecutor:
         time=asked.minutes,
         signal_delay_s=profile.signal_s,
         setup=[*profile.setup, *_exports(work)],
-        teardown=[f"{python} -m slurm.comeback {shlex.quote(str(work.folder.absolute()))} $?"] * work.comes_back,
+        teardown=[_last_line(work)],
         srun_args=profile.srun_flags(asked.cpus_per_rank, seen),
         additional_parameters=more | profile.sbatch,
         wckey=profile.wckey,  # submitit's own is refused where keys are checked
@@ -181,10 +189,18 @@ def _variables(work: Work) -> dict[str, str]:
     return {"PYTHONPATH": str(work.code.absolute()), "PYTHONSAFEPATH": "1"} | work.profile.variables()
 
 
+def _last_line(work: Work) -> str:
+    """What is done behind the tasks, outside of containers; the job's exit code stays theirs."""
+    python = work.profile.python or shlex.quote(sys.executable)
+    comeback = f"{python} -m slurm.comeback {shlex.quote(str(work.folder.absolute()))}"
+    return f"code=$?; [ $code = 0 ] || {comeback} $code; exit $code"
+
+
 @contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Within: what processes that are started inherit."""
+    """Within: the environment that processes are started with."""
     before = dict(os.environ)
+    os.environ.clear()
     os.environ.update(variables)
     try:
         yield

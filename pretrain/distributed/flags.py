@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ class SharedFlags:
         self._group = cpu_group() if world > 1 else None
         self._sent: tuple[torch.Tensor, dist.Work | None] | None = None
 
-    def exchange(self, raised: set[str]) -> set[str]:
+    def exchange(self, raised: AbstractSet[str | int]) -> set[str]:
         """Send this rank's flags; the flags that any rank had raised at the previous call (at first: none)."""
         agreed = self._receive()
         tensor = torch.tensor([int(name in raised) for name in self.names], dtype=torch.int32)

@@ -39,10 +39,19 @@ def provenance(command: Sequence[str] | None = None) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "gpus": _gpus(),
-        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        **slurm_attempt(),
         "versions": versions(),
         "git": git_state(Path(__file__).resolve().parents[2]),
     }
+
+
+def slurm_attempt() -> dict[str, Any]:
+    """{"slurm_job": "42" or an array's "42_7", "slurm_restart": 0}, where Slurm started this."""
+    job, array, task = map(os.environ.get, ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"))
+    if job is None:
+        return {}
+    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return {"slurm_job": f"{array}_{task}" if array and task else job, "slurm_restart": restart}
 
 
 def versions() -> dict[str, str]:

@@ -33,7 +33,7 @@ class Run:
 
     def submit(self, *flags: str) -> None:
         profile = self.recipe.with_name("site.yaml")
-        profile.write_text("cpus_per_rank: 1\nminutes: 30\nenv: {OMP_NUM_THREADS: '1'}\n")
+        profile.write_text("cpus_per_rank: 1\nminutes: 30\nsignal_s: 30\nenv: {OMP_NUM_THREADS: '1'}\n")
         assert main(["submit", str(self.recipe), "--profile", str(profile), *flags]) == 0
         self.job = records.submissions(self.folder / "slurm")[-1]["job"]
 

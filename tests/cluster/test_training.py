@@ -11,7 +11,7 @@ import torch
 from pretrain.telemetry.alive import heartbeats
 from slurm import records
 from tests.cluster.cluster import Cluster
-from tests.cluster.runs import EVERY, Run, assert_same
+from tests.cluster.runs import END_S, EVERY, Run, assert_same
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -84,6 +84,16 @@ def test_a_partition_that_goes_first_takes_the_nodes(
     first, _ = run.logged()
     assert run.resumed() == [first[-1]]
     assert_same(run, fsdp2)
+
+
+def test_what_a_person_must_mend_stays_away(tmp_path: Path, shards: Path, slurm: Cluster) -> None:
+    """A NaN on two ranks; as the first of them leaves, Slurm ends the other by SIGTERM."""
+    run = Run(tmp_path, shards, slurm, objectives={"tests.poison": {"sample": 3}})
+    run.submit("--nodes", "2")
+    slurm.wait_for(lambda: slurm.state(run.job) in ("FAILED", "COMPLETED"), END_S, f"the job's end: {run.told()}")
+    assert (slurm.state(run.job), slurm.restarts(run.job)) == ("FAILED", 0)
+    assert "No weight was touched" in run.told()
+    assert records.attempts(run.folder / "slurm")[-1].how in ("failed: exit code 87", "failed: exit code 85")
 
 
 def test_a_cancelled_job_stays_away(tmp_path: Path, shards: Path, slurm: Cluster) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from pretrain.checkpoint import find_latest
 from pretrain.data import open_data
 from pretrain.distributed.process import Process
 from pretrain.errors import UserError
-from pretrain.exit_codes import NOT_FINITE
+from pretrain.exit_codes import NOT_FINITE, STOPPED
 from pretrain.optim.schedule import rates_at
 from pretrain.parts import assemble
 from pretrain.reader import Reader
@@ -22,6 +24,7 @@ from pretrain.telemetry import read_events
 from pretrain.telemetry.spikes import Spikes
 from pretrain.train import train as train_loop
 from pretrain.views.text import build_tokenizer
+from tests.poison import OBJECTIVE
 from tests.ranks import run_ranks
 from tests.runs import losses, train, train_here, weights
 from tests.tiny import RESNET, recipe_data, write_recipe, write_shards
@@ -102,6 +105,27 @@ def test_a_rewound_run_is_one_that_never_had_the_data(tmp_path, shards, world):
     if world == 1:  # the user's recipe says nothing of it, and the same command goes on
         assert train_here(recipe, "steps=10") == 0
         assert find_latest(tmp_path / "run" / "checkpoints").step == 10
+
+
+def test_a_signal_in_the_very_step_that_is_gone_back_from_is_handed_on(tmp_path, shards, monkeypatch):
+    """A job's handler, which has it put back into the queue, is called once the next start has saved for it."""
+    handed_on, loss = [], OBJECTIVE.loss
+
+    def warned(self, features, batch, group):
+        if (batch.ids == self.options.sample).any() and not handed_on:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return loss(self, features, batch, group)
+
+    monkeypatch.setattr(OBJECTIVE, "loss", warned)
+    data = poisoned(shards, tmp_path / "run", sample_of(shards, 3), faults={"nan": "rewind"})
+    recipe = write_recipe(tmp_path / "r.yaml", data)
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: handed_on.append((number, frame)))
+    try:
+        assert train_here(recipe) == STOPPED
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert handed_on == [(signal.SIGUSR2, None)]
+    assert [e["event"] for e in read_events(tmp_path / "run")][-2:] == ["save", "stop"]
 
 
 def in_the_loss_of_one_rank(rank: int, world: int, shards: str, folder: str, sample: int) -> dict[str, list]:

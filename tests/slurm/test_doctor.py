@@ -71,8 +71,8 @@ def test_how_a_partition_preempts() -> None:
     told = found(config=CONFIG.replace("preempt_send_user_signal", "(null)"))
     assert told == ["partition main preempts jobs with SIGTERM, 20 s before SIGKILL, and no signal before"]
     no_grace = PARTITIONS.replace("GraceTime=20", "GraceTime=0")
-    (told,) = found(parts=no_grace)
-    assert "3 s before SIGKILL" in told
+    (at_once,) = found(parts=no_grace)
+    assert "3 s before SIGKILL" in at_once
     assert found(parts=no_grace, config=CONFIG.replace("3 sec", "60 sec")) == []
     cancels = PARTITIONS.replace("PreemptMode=REQUEUE", "PreemptMode=CANCEL")
     assert found(parts=cancels) == ["partition main cancels jobs that it preempts"]
@@ -81,8 +81,16 @@ def test_how_a_partition_preempts() -> None:
 
 def test_a_site_that_wants_a_wckey() -> None:
     config = CONFIG.replace("AccountingStorageEnforce = none", "AccountingStorageEnforce = associations,wckeys")
-    assert found(config=config) == ["this site accepts jobs with a wckey of its list only"]
+    (problem,) = site.problems(Profile(), 1, site.settings(config), site.partitions(PARTITIONS))
+    assert problem.what == "this site accepts jobs with a wckey of its list only, and the profile has none"
+    assert "your default key" in problem.why
     assert found(Profile(wckey="team"), config=config) == []
+
+
+@pytest.mark.parametrize(("minutes", "signal_s", "well"), [(5, 300, False), (6, 300, False), (7, 300, True)])
+def test_a_warning_that_comes_at_the_start(minutes: int, signal_s: int, well: bool) -> None:
+    told = found(Profile(minutes=minutes, signal_s=signal_s))
+    assert told == [] if well else f"ask for {minutes} minutes, and are warned {signal_s} s before" in told[0]
 
 
 @pytest.mark.parametrize(

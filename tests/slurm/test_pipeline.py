@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ import submitit
 from pretrain.errors import UserError
 from pretrain.recipe import Recipe, load_recipe
 from pretrain.run import RunFolder
-from slurm import records
+from slurm import dispatch, ledger, records
 from slurm.__main__ import main
 from slurm.here import run_here
 from slurm.marks import Marks, trained
@@ -26,7 +27,7 @@ from slurm.profile import Profile
 from slurm.stages import Asked, Stage, stages
 from slurm.work import Resources, Work, send
 from tests.slurm.queues import FakeSlurm
-from tests.tiny import VIT, recipe_data, write_recipe, write_shards
+from tests.tiny import VIT, add, recipe_data, write_recipe, write_shards
 
 ALL = ["train", "embed", "build", "publish", "retrieval", "knn", "zeroshot", "report"]
 
@@ -64,8 +65,8 @@ def dependency(script: str) -> list[str]:
 
 
 def stages_of(place: Path, **changes: object) -> list[Stage]:
-    asked = Asked(place / "pipe", str(place / "shards"), str(place / "shards"), **changes)  # type: ignore[arg-type]
-    return stages(load_recipe(place / "r.yaml"), asked)
+    given = {"shards": str(place / "shards"), "train": str(place / "shards")} | changes
+    return stages(load_recipe(place / "r.yaml"), Asked(place / "pipe", **given))  # type: ignore[arg-type]
 
 
 def end_training(place: Path, steps: int = 2) -> Recipe:
@@ -112,6 +113,57 @@ def test_an_encoder_without_text_is_asked_only_what_it_can(place: Path) -> None:
     assert [s.name for s in stages_of(place)] == ["train", "embed", "build", "publish", "knn", "report"]
     with pytest.raises(UserError, match="--tasks retrieval needs a text tower"):
         stages_of(place, tasks=["retrieval"])
+
+
+def stripped(shards: Path, *parts: str) -> None:
+    """Take members of these extensions out of all tars of `shards`."""
+    for tar in shards.glob("*.tar"):
+        with tarfile.open(tar) as whole:
+            kept = [(m, whole.extractfile(m)) for m in whole if m.name.rpartition(".")[2] not in parts]
+            with tarfile.open(tar.with_suffix(".new"), "w") as less:
+                for member, file in kept:
+                    less.addfile(member, file)
+        tar.with_suffix(".new").replace(tar)
+
+
+def test_only_what_the_data_can_be_judged_by_is_asked(place: Path) -> None:
+    def tasks(**changes: object) -> list[str]:
+        return [stage.name for stage in stages_of(place, **changes) if stage.room == "encoder"][1:]
+
+    assert tasks() == ["retrieval", "knn", "zeroshot"]
+    (place / "shards/classnames.txt").rename(place / "classnames.txt")  # in the folder above, as of a split
+    assert tasks() == ["retrieval", "knn", "zeroshot"]
+    (place / "classnames.txt").unlink()
+    assert tasks() == ["retrieval", "knn"]
+    (place / "shards/classnames.txt").write_text("zero\none\ntwo\n")
+    write_shards(place / "unlabelled", samples=6, shards=1)
+    stripped(place / "unlabelled", "cls")
+    assert tasks(train=str(place / "unlabelled")) == ["retrieval", "zeroshot"]
+    stripped(place / "shards", "cls")
+    assert tasks() == ["retrieval"]
+    assert tasks(tasks=["zeroshot"]) == ["zeroshot"]  # who asks for it knows better
+    stripped(place / "shards", "txt")
+    assert tasks() == []
+    assert "--results" not in stages_of(place)[-1].argv
+
+
+def test_a_first_tar_without_samples_and_classes_that_are_none(place: Path) -> None:
+    with tarfile.open(place / "shards/-1.tar", "w"):
+        pass
+    assert [stage.name for stage in stages_of(place)] == ALL
+    (place / "none").mkdir()
+    with tarfile.open(place / "none/0.tar", "w") as tar:
+        add(tar, "a.txt", b"a thing")
+        add(tar, "a.cls", b"-1\n")
+    (place / "none/classnames.txt").write_text("zero\n")
+    assert [stage.name for stage in stages_of(place, shards=str(place / "none"))] == [
+        "train",
+        "embed",
+        "build",
+        "publish",
+        "retrieval",
+        "report",
+    ]
 
 
 def test_knn_needs_images_that_vote(place: Path) -> None:
@@ -218,6 +270,53 @@ def test_only_the_elements_that_lack_are_sent_again(place: Path, slurm: FakeSlur
     assert pipeline(place) == 0
     assert len(slurm.sent()) == len(ALL) + 3
     assert slurm.cancelled() == ["3", "4"]
+
+
+def test_elements_that_are_about_to_come_back_are_not_sent_again(
+    place: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end_training(place)
+    assert pipeline(place) == 0
+    monkeypatch.setattr(ledger, "ENDING_S", 0)
+    queue = place / "fake/queue"
+    queue.write_text(queue.read_text().replace("1_1|PENDING", "1_1|COMPLETING"))  # its node is lost
+    capsys.readouterr()
+    assert pipeline(place) == 0
+    assert "1 pending, 1 completing" in capsys.readouterr().out
+    assert len(slurm.sent()) == len(ALL) - 1
+    assert slurm.cancelled() == []
+
+
+def test_waiting_goes_on_while_a_job_is_about_to_come_back(
+    place: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end_training(place)
+    monkeypatch.setattr(ledger, "ENDING_S", 0)
+    monkeypatch.setattr(dispatch, "POLL_S", 0.05)
+    all_stages = stages_of(place)
+    line = f"1_0|COMPLETING|None|1|n1|0:01|1:00:00|N/A|tiny-embed|polyview:{place / 'pipe'}\n"
+    (place / "fake/queue").write_text(line)
+
+    def come_back() -> None:
+        time.sleep(0.5)
+        for stage in all_stages[1:]:
+            end(place, stage.name, *range(stage.parts))
+        slurm.drop("1_0")
+
+    back = threading.Thread(target=come_back)
+    back.start()
+    assert dispatch.wait_for(Pipeline(load_recipe(place / "r.yaml"), place / "pipe", all_stages, {}), print) == 0
+    back.join()
+
+
+def test_a_folder_by_another_name_is_the_same(place: Path, slurm: FakeSlurm) -> None:
+    assert main(["submit", str(place / "r.yaml")]) == 0
+    assert pipeline(place) == 0
+    (place / "alias").symlink_to(".")
+    argv = ["pipeline", place / "r.yaml", f"output={place}/alias/run", "--out", place / "alias/pipe"]
+    assert main([*map(str, argv), "--shards", str(place / "shards"), "--train", str(place / "shards")]) == 0
+    names = [re.search(r"job-name=(\S+)", script)[1] for script in slurm.sent()]  # type: ignore[index]
+    assert names.count("tiny") == 1
 
 
 def test_what_waits_for_ever_is_sent_again(place: Path, slurm: FakeSlurm) -> None:

@@ -110,6 +110,31 @@ def test_whose_jobs_are_meant(here: Path) -> None:
     assert len(meant("/w")) == 7
 
 
+def test_the_jobs_of_one_run(here: Path) -> None:
+    lines = [
+        f"1|RUNNING|None|1|n1|0:01|1:00:00|N/A|a|polyview:{here}/alias/a",
+        f"5_0|PENDING|Priority|1||0:00|1:00:00|N/A|sweep|polyview:{here}/runs",
+        f"5_1|PENDING|Priority|1||0:00|1:00:00|N/A|sweep|polyview:{here}/runs",
+        f"6|PENDING|Priority|1||0:00|1:00:00|N/A|report|polyview:{here}/runs",
+        f"7|RUNNING|None|1|n1|0:01|1:00:00|N/A|b|polyview:{here}/elsewhere",
+        "8|RUNNING|None|1|n1|0:01|1:00:00|N/A|none|(null)",
+    ]
+    jobs = queue.parse("\n".join(lines))
+    (here / "runs/a").mkdir(parents=True)
+    (here / "alias").symlink_to("runs")
+    for job, cluster in (("5_1", "slurm"), ("6", "local"), ("7", "slurm"), ("8", "slurm")):
+        records.append(here / "runs/b/slurm", "submitted", job=job, cluster=cluster)
+
+    def found(run: str) -> list[str]:
+        assert [job.job for job in queue.belonging(run, jobs)] == [job.job for job in queue.of_run(Path(run), jobs)]
+        return [job.job for job in queue.of_run(Path(run), jobs)]
+
+    assert found("runs/a") == found(f"{here}/alias/a") == ["1"]
+    # its element of the array; 6 was a process here of that number, 7 and 8 are numbers that came again
+    assert found("runs/b") == found("alias/b") == ["5_1"]
+    assert found("runs/c") == []
+
+
 # ---------------------------------------------------------------- runs
 
 
@@ -276,6 +301,16 @@ def test_nodes_that_fell_silent_before_the_others(tmp_path: Path) -> None:
     assert silent(tmp_path, folder) == ["n2"]
     records.append(folder, "ended", job="1", restart=0, how="failed: exit code 87")
     assert silent(tmp_path, folder) == []
+
+
+def test_hosts_that_call_themselves_by_their_long_name(tmp_path: Path) -> None:
+    folder = tmp_path / "slurm"
+    records.append(folder, "began", job="1", restart=0, nodes=["n1", "n2"], silent=[])
+    hosts = {"n1.site.org": ("backward", 500.0), "n2.site.org": ("backward", 430.0), "n9.site.org": ("data", 1.0)}
+    signs_of(tmp_path, **hosts)
+    assert silent(tmp_path, folder) == ["n2"]
+    signs_of(tmp_path, **hosts | {"n1.site.org": ("end", 500.0)})
+    assert silent(tmp_path, folder) == ["n2"]
 
 
 # ---------------------------------------------------------------- the end of the log

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,8 +113,7 @@ def test_a_profile_says_what_the_site_wants(
 @pytest.mark.parametrize(
     ("container", "starts"),
     [
-        ("{kind: apptainer, image: p.sif, options: [--nv]}", "apptainer exec --nv --bind=/data"),
-        ("{kind: docker, image: polyview}", "docker run --rm --network=host --ipc=host --env=PYTHONPATH"),
+        ("{kind: apptainer, image: p.sif, options: [--nv]}", "apptainer exec --nv --pwd="),
         ("{kind: pyxis, image: polyview.sqsh}", "--container-image=polyview.sqsh"),
     ],
 )
@@ -124,7 +124,8 @@ def test_containers(
     assert submit(recipe, "--profile", tmp_path / "box.yaml", "--dry-run") == 0
     line = command(capsys.readouterr().out)
     assert starts in line
-    assert str(tmp_path / "run" / "slurm") in line  # its files are seen inside
+    run = tmp_path / "run"
+    assert re.search(rf"{run}:{run}[ ,]", line)  # all of the run is seen inside, checkpoints too
     assert line.endswith(f"python -u -m submitit.core._submit {tmp_path / 'run' / 'slurm'}")
 
 
@@ -197,6 +198,7 @@ def test_another_recipe_in_the_same_folder_is_refused(recipe: Path, capsys: pyte
         (["--ranks-per-node", "5"], "12"),
         (["--ranks-per-node", "0"], "no rank at all"),
         (["--nodes", "two"], "--nodes two: give a number"),
+        (["--minutes", "2"], "no time is left to train"),
         (["--local", "--nodes", "2"], "--nodes 1 --ranks-per-node 2"),
         ([], "no sbatch and no srun on this machine"),
     ],

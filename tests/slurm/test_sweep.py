@@ -10,6 +10,7 @@ import pytest
 
 from pretrain.errors import UserError
 from pretrain.run import RunFolder
+from slurm import ledger
 from slurm.__main__ import main
 from slurm.sweep import grid, trials
 from tests.slurm.queues import FakeSlurm
@@ -99,6 +100,80 @@ def test_only_what_is_neither_done_nor_under_way_is_sent(recipe: Path, slurm: Fa
     assert [row["state"] for row in rows(recipe)] == ["pending (1_0)", "pending (2)"]
     assert sweep(recipe) == 0
     assert len(slurm.sent()) == 2
+
+
+def test_elements_that_are_about_to_come_back_are_not_sent_again(
+    recipe: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sweep(recipe) == 0
+    monkeypatch.setattr(ledger, "ENDING_S", 0)
+    queue = recipe.parent / "fake/queue"
+    queue.write_text(queue.read_text().replace("1_0|PENDING", "1_0|COMPLETING"))  # their node is lost
+    assert sweep(recipe) == 0
+    assert len(slurm.sent()) == 1
+    assert [row["state"] for row in rows(recipe)] == ["completing (1_0)", "pending (1_1)"]
+
+
+# ---------------------------------------------------------------- a trial alone
+
+
+def test_a_trial_waits_and_runs_as_the_element_of_its_array(
+    recipe: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sweep(recipe) == 0
+    trial = recipe.parent / "sweep" / NAMES[1]
+    (recipe.parent / "alias").symlink_to("sweep")
+    assert main(["requeue", str(recipe.parent / "alias" / NAMES[1])]) == 2
+    assert f"job 1_1 of {recipe.parent / 'alias' / NAMES[1]} waits for its turn already" in capsys.readouterr().err
+    slurm.run("1_1")
+    monkeypatch.chdir(recipe.parent)
+    assert main(["status", str(trial), "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)["runs"]
+    assert (told["run"], told["state"], told["jobs"]) == (f"sweep/{NAMES[1]}", "RUNNING", ["1_1"])
+    assert main(["requeue", str(trial)]) == 0
+    assert "job 1_1 saves and goes back into the queue" in capsys.readouterr().out
+    assert slurm.cancelled() == ["--signal=USR2", "1_1"]
+    assert len(slurm.sent()) == 1
+
+
+def test_a_trial_is_cancelled_alone(recipe: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep(recipe) == 0
+    trial = recipe.parent / "sweep" / NAMES[0]
+    capsys.readouterr()
+    assert main(["cancel", str(trial)]) == 0
+    assert capsys.readouterr().out == f"job 1_0 of {trial}: cancelled before it began\n"
+    assert slurm.cancelled() == ["1_0"]
+
+
+def test_a_trial_that_ended_goes_on_alone_as_before(
+    recipe: Path, slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "site.yaml").write_text("partition: long\nenv: {MINE: '1'}\nsetup: [module load cuda]\n")
+    monkeypatch.chdir(tmp_path)
+    assert sweep(recipe, "--profile", "site.yaml", "--gpus-per-node", 2, "--minutes", 90) == 0
+    slurm.drop("1_0", "1_1")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    asked = tmp_path / "fake/from"
+    sbatch = tmp_path / "fake/bin/sbatch"
+    sbatch.write_text(sbatch.read_text().replace("#!/bin/sh\n", f"#!/bin/sh\npwd > {asked}\n"))
+    trial = tmp_path / "sweep" / NAMES[0]
+    assert main(["requeue", str(trial)]) == 0
+    alone = slurm.sent()[1]
+    for flag in ("--partition=long", "--gpus-per-node=2", "--ntasks-per-node=2", "--time=90", f"polyview:{trial}"):
+        assert flag in alone
+    assert "module load cuda" in alone
+    assert "export MINE=1" in alone
+    assert asked.read_text().strip() == str(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    slurm.run("2")
+    assert sweep(recipe) == 0  # it runs: only the other one is sent
+    assert len(slurm.sent()) == 3
+    assert "--array" not in slurm.sent()[2]
+    assert [row["state"] for row in rows(recipe)] == ["running (2)", "pending (3)"]
+
+
+# ---------------------------------------------------------------- on this machine
 
 
 def test_runs_here_are_tabled_and_not_run_again(recipe: Path) -> None:
