@@ -122,9 +122,7 @@ def test_not_oftener_than_it_may(told: Path, run: Path, monkeypatch: pytest.Monk
     assert f"back into the queue {MOST} times" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "state", ["JobState=RUNNING Restarts=1", "JobState=PENDING Restarts=1", "JobState=CANCELLED Restarts=0"]
-)
+@pytest.mark.parametrize("state", ["RUNNING Restarts=1", "PENDING Restarts=1", "CANCELLED Restarts=0"])
 def test_neither_a_later_attempt_nor_a_cancelled_job_is_touched(state: str, told: Path, run: Path) -> None:
     """As when a node comes back that was given up, and its ranks find another attempt in the run."""
     told.with_name("state").write_text(f"JobId=42 JobState={state}")
