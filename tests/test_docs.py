@@ -43,14 +43,14 @@ def test_every_command_names_a_door_and_flags_that_exist(page):
     import importlib
 
     verbs = polyview.verbs()
-    for line in "\n".join(blocks(page, "bash")).splitlines():
+    for line in "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words[:2] != ["python", "-m"] or words[2] not in ("pretrain", "index", "downstream", "slurm"):
             continue
         verb = words[3] if words[3] in verbs else "train"
         parser = argparse.ArgumentParser()
         importlib.import_module(verbs[verb]).add_arguments(parser)
-        parser.parse_args(words[4:] if words[3] in verbs else words[3:])
+        parser.parse_intermixed_args(words[4:] if words[3] in verbs else words[3:])
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda p: p.name)

@@ -92,6 +92,8 @@ def in_a_step() -> None:
     def patched(self: RunLog, number: int, numbers: Any) -> None:
         step(self, number, numbers)
         if number == 3 and self.active:
+            while not (self.path.parent / "checkpoints/step_00000002/manifest.json").exists():
+                time.sleep(0.01)
             suspend()
 
     RunLog.step = patched
