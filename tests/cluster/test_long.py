@@ -87,6 +87,7 @@ def test_one_node_fewer_sees_the_same_samples(tmp_path: Path, shards: Path, slur
     idle = ({"n1", "n2", "n3"} - set(first.nodes)).pop()
     slurm.crash(idle)
     slurm.crash(first.nodes[-1])
+    slurm.wait_for(lambda: slurm.state(run.job) == "PENDING", BACK_S, "the job to wait for nodes that are gone")
     assert main(["requeue", str(run.folder), "--nodes", "1", "--limit-s", "60"]) == 0
     run.job = records.submissions(run.folder / "slurm")[-1]["job"]
     run.wait_done()
