@@ -7,12 +7,12 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pretrain.telemetry.alive import LEAST_S, SILENT, heartbeats
 from pretrain.telemetry.progress import duration
 from slurm import queue, records, saves
+from slurm.logfile import log_file
 from slurm.status import Seen, how, unexplained
 from slurm.suspects import suspects
 
@@ -95,11 +95,6 @@ def newest_checkpoint(seen: Seen) -> str | None:
         return None
     elsewhere = [str(start["to"]) for start in seen.starts if start.get("to")]
     return f"step {seen.tail.saved:,} in {elsewhere[-1]}, by the log" if elsewhere else None
-
-
-def log_file(folder: Path, job: str, rank: int = 0, stream: str = "err") -> Path:
-    """The log of one rank of a job, as submitit names it."""
-    return folder / f"{job}_{rank}_log.{stream}"
 
 
 def _stands(sign: dict[str, Any]) -> str:

@@ -53,10 +53,6 @@ def _deaf() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def log_of(work: Work, job: str) -> Path:
-    return work.folder / f"{job}_0_log.err"
-
-
 def tail(log: Path) -> str:
     """The last lines of a log."""
     try:

@@ -16,7 +16,7 @@ from typing import Any
 from pretrain.errors import UserError
 from pretrain.telemetry.alive import alive
 from slurm import queue, records
-from slurm.details import log_file
+from slurm.logfile import log_file
 from slurm.reasons import why
 
 POLL_S = 0.5
@@ -26,11 +26,6 @@ SILENT_S = 60.0
 """Without a job and without a sign of life: what is followed is over."""
 _BLOCK = 1 << 16
 _HEADING = re.compile(rb"^--- job (\S+), restart (\d+): ", re.MULTILINE)
-
-
-def heading(job: str, restart: int, rank: int, host: str) -> str:
-    """The line that begins an attempt in the log of a rank."""
-    return f"--- job {job}, restart {restart}: rank {rank} on {host}"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ import submitit
 from pretrain.errors import UserError
 from pretrain.recipe import Recipe
 from slurm import ledger
-from slurm.here import log_of, run_here, tail
+from slurm.here import run_here, tail
+from slurm.logfile import log_file
 from slurm.marks import Marks, named, trained
 from slurm.profile import Profile
 from slurm.snapshot import snapshot
@@ -150,7 +151,7 @@ def _run_parts(pipeline: Pipeline, stage: Stage, parts: Sequence[int]) -> None:
 
     for work, job, code in run_here(works, start, pipeline.parallel or 1):
         if code:
-            log = log_of(work, job.job_id)
+            log = log_file(work.folder, job.job_id)
             raise UserError(
                 f"{stage.name} ended with exit code {code}; the same command goes on from there. The end of {log}:\n"
                 f"{tail(log)}",

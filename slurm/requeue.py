@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 
 from pretrain.exit_codes import STOPPED
+from pretrain.telemetry.provenance import slurm_attempt
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +31,12 @@ SCONTROL_S = 60
 
 def restarts() -> int:
     """Times that this job was put back into the queue."""
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return slurm_attempt().get("slurm_restart", 0)
 
 
 def job_id() -> str | None:
     """This job as Slurm's commands take it: `42`, of an array `42_7`; None outside of Slurm."""
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+    return slurm_attempt().get("slurm_job")
 
 
 def listen(note: Callable[[str], None], *, alone: bool = False) -> None:

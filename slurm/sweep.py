@@ -20,7 +20,8 @@ from pretrain.errors import UserError
 from pretrain.recipe import Recipe, load_recipe
 from pretrain.telemetry.runlog import read_log
 from slurm import ledger, queue, records
-from slurm.here import log_of, run_here
+from slurm.here import run_here
+from slurm.logfile import log_file
 from slurm.marks import trained
 from slurm.profile import Profile
 from slurm.snapshot import snapshot
@@ -184,7 +185,7 @@ def run_left(sweep: Sweep) -> Iterator[tuple[Trial, int, Path]]:
         return submit(work, "local")
 
     for work, job, code in run_here(works, start, sweep.parallel or 1):
-        yield of[id(work)], code, log_of(work, job.job_id)
+        yield of[id(work)], code, log_file(work.folder, job.job_id)
 
 
 def _under_way(sweep: Sweep, jobs: queue.Jobs) -> dict[str, queue.Queued]:

@@ -12,7 +12,7 @@ import submitit
 
 from pretrain.exit_codes import DONE, STOPPED
 from slurm import records, requeue
-from slurm.logs import heading
+from slurm.logfile import heading
 
 PORTS = range(20_000, 32_000)
 """For the ranks' meeting: below those that the kernel gives to outgoing connections."""

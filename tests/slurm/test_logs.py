@@ -11,7 +11,8 @@ import pytest
 
 from slurm import logs, records
 from slurm.__main__ import main
-from slurm.logs import Choice, follow, heading, last_lines
+from slurm.logfile import heading
+from slurm.logs import Choice, follow, last_lines
 from tests.slurm.queues import FakeSlurm
 from tests.tiny import recipe_data, write_recipe, write_shards
 
